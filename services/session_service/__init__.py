@@ -1,0 +1,1 @@
+"""The durable record of conversations: sessions, messages, turns, memories, stats."""

@@ -1,0 +1,15 @@
+"""What a violated constraint means to a caller: one table from constraint names to errors.
+
+Its one invariant: a constraint that a request can run into is listed here; any other is a fault of ours.
+"""
+
+from shared.errors import MessageExists, ServiceError, SessionExists, SessionNotFound
+
+BY_CONSTRAINT: dict[str, type[ServiceError]] = {
+    "sessions_pkey": SessionExists,
+    "session_messages_message_id_key": MessageExists,
+    # The session was erased between a statement's look and its write.
+    "session_messages_session_fkey": SessionNotFound,
+    "session_turns_session_fkey": SessionNotFound,
+    "session_memories_session_fkey": SessionNotFound,
+}

@@ -1,0 +1,261 @@
+"""Messages: appending them, and reading them back.
+
+Its one invariant: the seqs of a session are 1, 2, 3 … without a gap or a twin, and the session's counters
+are the sums over its rows; one statement, `APPEND`, moves both.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import ARRAY, and_, bindparam, func, insert, or_, select
+from sqlalchemy.dialects.postgresql import JSON, JSONB
+from sqlalchemy.sql.elements import ColumnElement
+from uuid_utils import uuid7
+
+from services.session_service import sessions, tokens
+from services.session_service.schema import session_messages as table
+from services.session_service.schema import sessions as _session
+from services.session_service.sessions import TOUCHED, active, lease_is_over
+from shared import wire
+from shared.canonical import message_hash
+from shared.database import Conn, Database, Row, Violation
+from shared.errors import MessageExists, MessageNotFound, TurnInProgress
+
+COLUMNS: tuple[ColumnElement[Any], ...] = (
+    table.c.message_id,
+    table.c.session_id,
+    table.c.user_id,
+    table.c.seq,
+    table.c.role,
+    table.c.content,
+    table.c.content_blocks,
+    table.c.message_type,
+    table.c.metadata,
+    table.c.native,
+    table.c.tokens_used,
+    table.c.cost_usd,
+    table.c.created_at,
+    table.c.superseded_at,
+)
+mine: ColumnElement[bool] = and_(table.c.user_id == bindparam("user_id"), table.c.session_id == bindparam("session_id"))
+
+# ── append ──────────────────────────────────────────────────────────────────────────────────────
+
+_ARRAYS: dict[str, sa.types.TypeEngine[Any]] = {
+    "message_id": sa.Text(),
+    "role": sa.Text(),
+    "message_type": sa.Text(),
+    "content": sa.Text(),
+    "content_blocks": JSON(),
+    "native": JSON(),
+    "metadata": JSONB(),
+    "tokens_used": sa.Integer(),
+    "cost_usd": sa.Numeric(),
+    "context_tokens": sa.Integer(),
+    "context_tokens_reported": sa.Boolean(),
+    "begins_window": sa.Boolean(),
+    "canonical_hash": sa.LargeBinary(),
+}
+_new = (
+    func.unnest(*(bindparam(f"{name}_array", type_=ARRAY(kind)) for name, kind in _ARRAYS.items()))
+    .table_valued(*_ARRAYS, with_ordinality="place", name="new")
+    .render_derived()
+)
+_count = bindparam("count", type_=sa.Integer)
+# A turn's own writes come with the session locked and judged; everyone else needs it active and free.
+_in_turn = bindparam("in_turn", type_=sa.Boolean)
+_advanced = (
+    sa.update(_session)
+    .where(sessions.mine, or_(_in_turn, and_(active, lease_is_over)))
+    .values(
+        message_count=_session.c.message_count + _count,
+        last_seq=_session.c.last_seq + _count,
+        total_tokens=_session.c.total_tokens + bindparam("tokens", type_=sa.BigInteger),
+        total_cost=_session.c.total_cost + bindparam("cost", type_=sa.Numeric),
+        **TOUCHED,
+    )
+    .returning(_session.c.last_seq, _session.c.last_activity)
+    .cte("advanced")
+)
+_inserted = [*("user_id", "session_id", "turn_id", "created_at", "seq"), *_ARRAYS]
+APPEND = (
+    insert(table)
+    .from_select(
+        _inserted,
+        select(
+            bindparam("user_id"),
+            bindparam("session_id"),
+            bindparam("turn_id", type_=sa.Text),
+            _advanced.c.last_activity,
+            _advanced.c.last_seq - _count + _new.c.place,
+            *(_new.c[name] for name in _ARRAYS),
+        ).select_from(_advanced.join(_new, sa.true())),
+    )
+    .returning(table.c.seq, table.c.created_at)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A message ready to be stored: every column but those that the append gives."""
+
+    message: wire.NewMessage
+    message_id: str
+    text: str
+    blocks: list[dict[str, Any]] | None
+    tokens_used: int
+    cost_usd: Decimal
+    context_tokens: int
+    context_tokens_reported: bool
+    canonical_hash: bytes
+
+    def column(self, name: str) -> Any:
+        message = self.message
+        match name:
+            case "role":
+                return message.role
+            case "message_type":
+                return message.message_type or "chat"
+            case "content":
+                return self.text
+            case "content_blocks":
+                return self.blocks
+            case "native":
+                return message.native
+            case "metadata":
+                return message.metadata or {}
+            case "begins_window":
+                return message.role == "user" and not any(
+                    block.get("type") == "tool_result" for block in self.blocks or ()
+                )
+            case _:
+                return getattr(self, name)
+
+    def stored(self, user_id: str, session_id: str, seq: int, created_at: datetime) -> wire.Message:
+        own = {name: self.column(name) for name in wire.Message.model_fields if name in _ARRAYS}
+        return wire.Message.model_construct(
+            **own, user_id=user_id, session_id=session_id, seq=seq, created_at=created_at, superseded_at=None
+        )
+
+
+def draft(
+    message: wire.NewMessage,
+    *,
+    tokens_used: int = 0,
+    cost_usd: Decimal = Decimal(0),
+    reported_tokens: int | None = None,
+) -> Draft:
+    """The message with what it did not bring: an id, figures, its canonical hash and its size in a context."""
+    content = message.content
+    return Draft(
+        message=message,
+        message_id=message.message_id or str(uuid7()),
+        text=content if isinstance(content, str) else text_of(content),
+        blocks=None if isinstance(content, str) else content,
+        tokens_used=message.tokens_used if message.tokens_used is not None else tokens_used,
+        cost_usd=message.cost_usd if message.cost_usd is not None else cost_usd,
+        context_tokens=tokens.estimate(content) if reported_tokens is None else reported_tokens,
+        context_tokens_reported=reported_tokens is not None,
+        canonical_hash=message_hash(message.role, content),
+    )
+
+
+def text_of(blocks: list[dict[str, Any]]) -> str:
+    """The text of content blocks: adjacent text blocks are one text, others part it by a line end."""
+    parts: list[str] = []
+    apart = False
+    for block in blocks:
+        if block.get("type") == "text":
+            if apart and parts:
+                parts.append("\n")
+            parts.append(block["text"])
+            apart = False
+        else:
+            apart = True
+    return "".join(parts)
+
+
+async def append_drafts(
+    conn: Conn, user_id: str, session_id: str, drafts: list[Draft], *, turn_id: str | None = None
+) -> list[wire.Message] | None:
+    """The messages stored, or None when the session cannot take them. With `turn_id` it must be locked."""
+    if not drafts:
+        return []
+    rows = await conn.rows(
+        APPEND,
+        user_id=user_id,
+        session_id=session_id,
+        turn_id=turn_id,
+        in_turn=turn_id is not None,
+        count=len(drafts),
+        tokens=sum(each.tokens_used for each in drafts),
+        cost=sum((each.cost_usd for each in drafts), Decimal(0)),
+        **{f"{name}_array": [each.column(name) for each in drafts] for name in _ARRAYS},
+    )
+    if not rows:
+        return None
+    first_seq = min(row["seq"] for row in rows)
+    created_at = rows[0]["created_at"]
+    return [each.stored(user_id, session_id, first_seq + place, created_at) for place, each in enumerate(drafts)]
+
+
+async def append(database: Database, user_id: str, session_id: str, message: wire.NewMessage) -> wire.Message:
+    """The message stored. One that was stored before under its message_id is given again.
+
+    Raises SessionNotFound, SessionNotActive, TurnInProgress, or MessageExists for another body.
+    """
+    drafted = draft(message)
+    try:
+        stored = await append_drafts(database, user_id, session_id, [drafted])
+    except Violation as violation:
+        if violation.constraint != "session_messages_message_id_key":
+            raise
+        stored = None
+    if stored is not None:
+        return stored[0]
+    if message.message_id is not None:
+        earlier = await database.row(GET, user_id=user_id, message_id=message.message_id)
+        if earlier is not None:
+            return _same(from_row(earlier), session_id, drafted)
+    raise await _why_not(database, user_id, session_id)
+
+
+def _same(earlier: wire.Message, session_id: str, drafted: Draft) -> wire.Message:
+    again = drafted.stored(earlier.user_id, session_id, earlier.seq, earlier.created_at)
+    again.superseded_at = earlier.superseded_at
+    if again != earlier:
+        raise MessageExists
+    return earlier
+
+
+async def _why_not(database: Database, user_id: str, session_id: str) -> Exception:
+    """Why an append found no session to go to; asked only after one did not."""
+
+    async def work(conn: Conn) -> Exception:
+        locked = await sessions.lock(conn, user_id, session_id)
+        locked.require_active()
+        locked.require_free()
+        # What stood in the way is over; the caller may simply try again.
+        return TurnInProgress(retry_after_seconds=1)
+
+    return await database.transact(work)
+
+
+# ── read ────────────────────────────────────────────────────────────────────────────────────────
+
+GET = select(*COLUMNS).where(table.c.user_id == bindparam("user_id"), table.c.message_id == bindparam("message_id"))
+
+
+def from_row(row: Row) -> wire.Message:
+    return wire.Message.model_construct(**dict(row.items()))
+
+
+async def get(conn: Conn, user_id: str, session_id: str, message_id: str) -> wire.Message:
+    row = await conn.row(GET, user_id=user_id, message_id=message_id)
+    if row is None or row["session_id"] != session_id:
+        await sessions.get(conn, user_id, session_id)
+        raise MessageNotFound
+    return from_row(row)

@@ -1,0 +1,227 @@
+"""Makes of stored messages a request that the Claude Messages API accepts, losing as little as it can.
+
+Its one invariant: whatever goes in, what comes out has the user's message first, roles that alternate, every
+tool call answered in the message right after it (but for calls at the very end), results first in their message,
+and no block that the API refuses. The rules are those of the provider's documentation on messages, tool use and
+extended thinking.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from shared import wire
+
+Block = dict[str, Any]
+
+MAX_CACHE_BREAKPOINTS: Final = 4
+NO_RESULT: Final = "No result of this tool call was recorded."
+_ONLY_ASSISTANT: Final = frozenset({"tool_use", "server_tool_use", "thinking", "redacted_thinking"})
+_ONLY_USER: Final = frozenset({"tool_result", "image", "document", "search_result", "container_upload"})
+
+
+@dataclass(slots=True)
+class Piece:
+    """A stored message on its way into a context; `role` is user or assistant."""
+
+    seq: int
+    role: str
+    content: str | list[Block]
+    tokens: int = 0
+    reported: bool = False
+    blocks: list[Block] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Repaired:
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    included: list[Piece] = field(default_factory=list)
+    left_out: list[wire.LeftOut] = field(default_factory=list)
+    repairs: list[wire.Repair] = field(default_factory=list)
+    pending_tool_calls: list[str] = field(default_factory=list)
+    results_added: int = 0
+
+    def leave_out(self, seq: int, reason: str) -> None:
+        self.left_out.append(wire.LeftOut(from_seq=seq, to_seq=seq, reason=reason))
+
+    def note(self, kind: str, seq: int) -> None:
+        self.repairs.append(wire.Repair(kind=kind, seq=seq))
+
+
+def repair(pieces: Iterable[Piece]) -> Repaired:
+    """The messages of a valid request, and what had to be done for it."""
+    done = Repaired()
+    kept = _with_calls_before_results(_with_fit_blocks(pieces, done), done)
+    groups = _grouped(kept, done)
+    _place_results(groups, done)
+    merged: list[_Group] = []
+    for group in groups:
+        if group.blocks and merged and merged[-1].role == group.role:
+            merged[-1].blocks += group.blocks
+        elif group.blocks:
+            merged.append(group)
+    _trim_end(merged)
+    _limit_cache_breakpoints(merged, done)
+    done.messages = [{"role": group.role, "content": group.content()} for group in merged]
+    done.included = kept
+    return done
+
+
+# ── blocks by themselves ────────────────────────────────────────────────────────────────────────
+
+
+def _with_fit_blocks(pieces: Iterable[Piece], done: Repaired) -> list[Piece]:
+    kept = []
+    for piece in pieces:
+        content = piece.content
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        piece.blocks = []
+        for block in blocks:
+            problem = _unfit(block, piece.role)
+            if problem is None:
+                piece.blocks.append({key: value for key, value in block.items() if key != "incomplete"})
+            else:
+                done.note(problem, piece.seq)
+        if not piece.blocks:
+            done.leave_out(piece.seq, "nothing_left")
+        elif piece.blocks[-1]["type"] in {"thinking", "redacted_thinking"}:
+            done.leave_out(piece.seq, "ends_with_thinking")
+        else:
+            kept.append(piece)
+    return kept
+
+
+def _unfit(block: Block, role: str) -> str | None:
+    """Why the API would refuse this block in a message of this role, or None."""
+    kind = block.get("type")
+    if block.get("incomplete") is True:
+        return "incomplete_block"
+    if (kind in _ONLY_ASSISTANT and role != "assistant") or (kind in _ONLY_USER and role != "user"):
+        return "misplaced_block"
+    if kind == "text" and not str(block.get("text") or "").strip():
+        return "empty_text"
+    if kind == "thinking" and not block.get("signature"):
+        return "unsigned_thinking"
+    if kind == "tool_use" and not (isinstance(block.get("name"), str) and isinstance(block.get("input"), dict)):
+        return "malformed_tool_use"
+    return None
+
+
+# ── calls and results ───────────────────────────────────────────────────────────────────────────
+
+
+def _with_calls_before_results(pieces: list[Piece], done: Repaired) -> list[Piece]:
+    """What begins with the user's, has no call id twice, and no result without its call before it."""
+    kept: list[Piece] = []
+    called: set[str] = set()
+    answered: set[str] = set()
+    for piece in pieces:
+        if piece.role == "assistant" and not kept:
+            done.leave_out(piece.seq, "before_first_user_message")
+            continue
+        blocks = []
+        for block in piece.blocks:
+            problem = _unpaired(block, called, answered)
+            if problem is None:
+                blocks.append(block)
+            else:
+                done.note(problem, piece.seq)
+        piece.blocks = blocks
+        if blocks:
+            kept.append(piece)
+        else:
+            done.leave_out(piece.seq, "nothing_left")
+    return kept
+
+
+def _unpaired(block: Block, called: set[str], answered: set[str]) -> str | None:
+    if block["type"] == "tool_use":
+        if block["id"] in called:
+            return "duplicate_tool_use"
+        called.add(block["id"])
+    elif block["type"] == "tool_result":
+        call_id = block["tool_use_id"]
+        if call_id not in called:
+            return "orphan_tool_result"
+        if call_id in answered:
+            return "duplicate_tool_result"
+        answered.add(call_id)
+    return None
+
+
+@dataclass(slots=True)
+class _Group:
+    """Adjacent messages of one role, and the stored content where it is one untouched string."""
+
+    role: str
+    seq: int
+    blocks: list[Block]
+    text: str | None
+
+    def content(self) -> str | list[Block]:
+        if self.text is not None and len(self.blocks) == 1 and self.blocks[0].get("text") == self.text:
+            return self.text
+        return self.blocks
+
+
+def _grouped(pieces: list[Piece], done: Repaired) -> list[_Group]:
+    groups: list[_Group] = []
+    for piece in pieces:
+        if groups and groups[-1].role == piece.role:
+            done.note("merged", piece.seq)
+            groups[-1].blocks += piece.blocks
+            groups[-1].text = None
+        else:
+            text = piece.content if isinstance(piece.content, str) else None
+            groups.append(_Group(piece.role, piece.seq, list(piece.blocks), text))
+    return groups
+
+
+def _place_results(groups: list[_Group], done: Repaired) -> None:
+    """Puts every call's result first into the message after the call; an error result where there is none."""
+    results: dict[str, tuple[Block, _Group]] = {}
+    for group in groups:
+        results |= {block["tool_use_id"]: (block, group) for block in group.blocks if block["type"] == "tool_result"}
+        group.blocks = [block for block in group.blocks if block["type"] != "tool_result"]
+    for group, following in zip(groups, [*groups[1:], None], strict=True):
+        calls = [block["id"] for block in group.blocks if block["type"] == "tool_use"]
+        if following is None:
+            done.pending_tool_calls = calls
+            continue
+        placed = []
+        for call_id in calls:
+            result, found_in = results.get(call_id, (None, following))
+            if result is None:
+                done.note("missing_tool_result", group.seq)
+                done.results_added += 1
+                result = {"type": "tool_result", "tool_use_id": call_id, "is_error": True, "content": NO_RESULT}
+            elif found_in is not following:
+                done.note("moved_tool_result", found_in.seq)
+            placed.append(result)
+        following.blocks = [*placed, *following.blocks]
+
+
+# ── the end of the prompt, and its cache marks ──────────────────────────────────────────────────
+
+
+def _trim_end(groups: list[_Group]) -> None:
+    """A final message of the assistant must not end with blanks."""
+    if groups and groups[-1].role == "assistant" and groups[-1].blocks[-1]["type"] == "text":
+        last = groups[-1].blocks[-1]
+        trimmed = {**last, "text": last["text"].rstrip()}
+        if trimmed != last:
+            groups[-1].blocks = [*groups[-1].blocks[:-1], trimmed]
+
+
+def _limit_cache_breakpoints(groups: list[_Group], done: Repaired) -> None:
+    """The API takes four cache breakpoints a request; the latest ones are worth most."""
+    left = MAX_CACHE_BREAKPOINTS
+    for group in reversed(groups):
+        for place in range(len(group.blocks) - 1, -1, -1):
+            block = group.blocks[place]
+            if block.get("cache_control") is None:
+                continue
+            if left == 0:
+                done.note("cache_control", group.seq)
+                group.blocks[place] = {key: value for key, value in block.items() if key != "cache_control"}
+            left = max(0, left - 1)

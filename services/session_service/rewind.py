@@ -1,0 +1,60 @@
+"""Taking messages back: they stay stored and counted as spent, and no longer belong to the conversation.
+
+Its one invariant: message_count is the number of messages that are not superseded.
+"""
+
+import sqlalchemy as sa
+from sqlalchemy import and_, bindparam, case, func, select
+from sqlalchemy.sql.elements import ColumnElement
+
+from services.session_service.schema import session_messages
+from services.session_service.schema import sessions as table
+from services.session_service.sessions import COLUMNS, NOW, Locked, from_row, mine
+from shared import wire
+from shared.database import Conn
+
+_from_seq = bindparam("from_seq", type_=sa.Integer)
+_to_seq = bindparam("to_seq", type_=sa.Integer)
+
+_superseded = (
+    sa.update(session_messages)
+    .where(
+        session_messages.c.user_id == bindparam("user_id"),
+        session_messages.c.session_id == bindparam("session_id"),
+        session_messages.c.seq.between(_from_seq, _to_seq),
+        session_messages.c.superseded_at.is_(None),
+    )
+    .values(superseded_at=NOW)
+    .returning(session_messages.c.tokens_used, session_messages.c.cost_usd)
+    .cte("superseded")
+)
+_count = select(func.count()).select_from(_superseded).scalar_subquery()
+_tokens = select(func.coalesce(func.sum(_superseded.c.tokens_used), 0)).scalar_subquery()
+_cost = select(func.coalesce(func.sum(_superseded.c.cost_usd), 0)).scalar_subquery()
+_covers_one: ColumnElement[bool] = and_(table.c.summary_to_seq >= _from_seq, _count > 0)
+_is_behind_window = table.c.window_start_seq >= _from_seq
+SUPERSEDE = (
+    sa.update(table)
+    .where(mine)
+    .values(
+        message_count=table.c.message_count - _count,
+        superseded_tokens=table.c.superseded_tokens + _tokens,
+        superseded_cost=table.c.superseded_cost + _cost,
+        # A summary that tells of a message taken back would bring it back.
+        session_summary=case((_covers_one, ""), else_=table.c.session_summary),
+        summary_to_seq=case((_covers_one, sa.null()), else_=table.c.summary_to_seq),
+        # A rewind behind the window lets the next turn place it anew.
+        window_start_seq=case(
+            (table.c.window_start_seq >= _from_seq, table.c.first_seq), else_=table.c.window_start_seq
+        ),
+        updated_at=NOW,
+        version=table.c.version + 1,
+    )
+    .returning(*COLUMNS)
+)
+
+
+async def supersede(conn: Conn, locked: Locked, *, from_seq: int, to_seq: int | None = None) -> wire.Session:
+    """The session after its visible messages in from_seq…to_seq (default: the last) have been taken back."""
+    last = locked.last_seq if to_seq is None else to_seq
+    return from_row(await conn.row(SUPERSEDE, **locked.key, from_seq=from_seq, to_seq=last))

@@ -1,0 +1,224 @@
+"""session_service's tables. user_id leads every key, so that one user's rows can never join another's.
+
+Its one invariant: every constraint has a name, because errors.py turns names into answers.
+Tables carry no schema here; it is put in when statements are compiled (settings: DB_SCHEMA).
+"""
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Numeric,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    UniqueConstraint,
+    literal_column,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSON, JSONB, TIMESTAMP
+from sqlalchemy.sql.elements import ColumnElement
+
+metadata = MetaData(naming_convention={"ix": "%(table_name)s_%(column_0_N_name)s_idx", "pk": "%(table_name)s_pkey"})
+
+# Constants are written into the SQL, not bound: partial indexes serve only what the planner can see.
+ACTIVE: ColumnElement[str] = literal_column("'active'")
+OPEN: ColumnElement[str] = literal_column("'open'")
+
+
+def _id(name: str, *, nullable: bool = False) -> Column[str]:
+    # Byte order: an id has no language, and comparing it should cost nothing.
+    return Column(name, Text(collation="C"), nullable=nullable)
+
+
+def _time(name: str, *, nullable: bool = False) -> Column[object]:
+    return Column(name, TIMESTAMP(timezone=True), nullable=nullable)
+
+
+def _count(name: str, default: int = 0) -> Column[int]:
+    return Column(name, Integer, nullable=False, server_default=text(str(default)))
+
+
+def _cost(name: str, *, nullable: bool = False) -> Column[object]:
+    default = None if nullable else text("0")
+    return Column(name, Numeric(18, 6), nullable=nullable, server_default=default)
+
+
+def _one_of(name: str, column: str, values: str) -> CheckConstraint:
+    listed = ", ".join(f"'{value}'" for value in values.split())
+    return CheckConstraint(f"{column} IN ({listed})", name=name)
+
+
+sessions = Table(
+    "sessions",
+    metadata,
+    _id("user_id"),
+    _id("session_id"),
+    Column("title", Text),
+    Column("status", Text, nullable=False, server_default="active"),
+    Column("ended_reason", Text),
+    Column("metadata", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("conversation_data", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("session_summary", Text, nullable=False, server_default=""),
+    Column("summary_to_seq", Integer),
+    _count("message_count"),
+    _count("last_seq"),
+    Column("total_tokens", BigInteger, nullable=False, server_default=text("0")),
+    _cost("total_cost"),
+    # The part of the totals that superseded messages spent.
+    Column("superseded_tokens", BigInteger, nullable=False, server_default=text("0")),
+    _cost("superseded_cost"),
+    Column("version", BigInteger, nullable=False, server_default=text("1")),
+    _count("generation", 1),
+    # The first seq of this generation; what lies before was superseded by a restart.
+    _count("first_seq", 1),
+    _count("window_start_seq", 1),
+    Column("idle_timeout_seconds", Integer),
+    _id("parent_session_id", nullable=True),
+    Column("parent_seq", Integer),
+    # The turn opened last holds the session until it is closed or its lease has run out.
+    _id("latest_turn_id", nullable=True),
+    _time("lease_expires_at", nullable=True),
+    _time("created_at"),
+    _time("updated_at"),
+    _time("last_activity"),
+    _time("expires_at", nullable=True),
+    PrimaryKeyConstraint("user_id", "session_id", name="sessions_pkey"),
+    CheckConstraint("length(user_id) BETWEEN 1 AND 255", name="sessions_user_id_check"),
+    CheckConstraint("length(session_id) BETWEEN 1 AND 255", name="sessions_session_id_check"),
+    _one_of("sessions_status_check", "status", "active completed archived ended"),
+    _one_of("sessions_ended_reason_check", "ended_reason", "user expired"),
+    CheckConstraint(
+        "message_count BETWEEN 0 AND last_seq"
+        " AND superseded_tokens BETWEEN 0 AND total_tokens AND superseded_cost BETWEEN 0 AND total_cost",
+        name="sessions_counters_check",
+    ),
+    Index("sessions_by_last_activity_idx", "user_id", "last_activity", "session_id"),
+    Index("sessions_by_created_at_idx", "user_id", "created_at", "session_id"),
+    Index("sessions_expiry_idx", "expires_at", postgresql_where=text("status = 'active'")),
+    Index("sessions_lease_idx", "lease_expires_at", postgresql_where=text("lease_expires_at IS NOT NULL")),
+)
+
+session_messages = Table(
+    "session_messages",
+    metadata,
+    _id("user_id"),
+    _id("session_id"),
+    Column("seq", Integer, nullable=False),
+    _id("message_id"),
+    _id("turn_id", nullable=True),
+    Column("role", Text, nullable=False),
+    Column("message_type", Text, nullable=False),
+    Column("content", Text, nullable=False),
+    # json, not jsonb: blocks and native come back with their keys in the order in which they were sent.
+    Column("content_blocks", JSON),
+    Column("native", JSON),
+    Column("metadata", JSONB, nullable=False, server_default=text("'{}'")),
+    _count("tokens_used"),
+    _cost("cost_usd"),
+    # Tokens that the message takes in a context: its share of a turn's reported usage, else an estimate.
+    Column("context_tokens", Integer, nullable=False),
+    Column("context_tokens_reported", Boolean, nullable=False),
+    # A message of the user's own, no tool's result: a window may begin here.
+    Column("begins_window", Boolean, nullable=False),
+    Column("canonical_hash", LargeBinary, nullable=False),
+    _time("created_at"),
+    _time("superseded_at", nullable=True),
+    PrimaryKeyConstraint("user_id", "session_id", "seq", name="session_messages_pkey"),
+    UniqueConstraint("user_id", "message_id", name="session_messages_message_id_key"),
+    ForeignKeyConstraint(
+        ["user_id", "session_id"],
+        ["sessions.user_id", "sessions.session_id"],
+        name="session_messages_session_fkey",
+        ondelete="CASCADE",
+    ),
+    CheckConstraint("seq >= 1", name="session_messages_seq_check"),
+    # Usage over time reads ranges of creation; block ranges cost appends next to nothing.
+    Index("session_messages_created_at_idx", "created_at", postgresql_using="brin"),
+    Index(
+        "session_messages_system_idx",
+        "user_id",
+        "session_id",
+        "seq",
+        postgresql_where=text("role = 'system' AND superseded_at IS NULL"),
+    ),
+    CheckConstraint("tokens_used >= 0", name="session_messages_tokens_used_check"),
+    CheckConstraint("cost_usd >= 0", name="session_messages_cost_usd_check"),
+    _one_of("session_messages_role_check", "role", "user assistant system tool_call tool_result tool"),
+    _one_of(
+        "session_messages_message_type_check",
+        "message_type",
+        "chat system tool_call tool_result notification",
+    ),
+)
+
+session_turns = Table(
+    "session_turns",
+    metadata,
+    _id("user_id"),
+    _id("session_id"),
+    _id("turn_id"),
+    Column("status", Text, nullable=False),
+    _id("lease_token"),
+    Column("lease_seconds", Integer, nullable=False),
+    _time("lease_expires_at"),
+    _time("opened_at"),
+    _time("closed_at", nullable=True),
+    Column("input_from_seq", Integer),
+    Column("input_to_seq", Integer),
+    Column("output_from_seq", Integer),
+    Column("output_to_seq", Integer),
+    Column("stop_reason", Text),
+    Column("model", Text),
+    Column("usage", JSONB),
+    _cost("cost_usd", nullable=True),
+    Column("upstream", JSONB),
+    Column("error", JSONB),
+    Column("completion_hash", LargeBinary),
+    PrimaryKeyConstraint("user_id", "session_id", "turn_id", name="session_turns_pkey"),
+    ForeignKeyConstraint(
+        ["user_id", "session_id"],
+        ["sessions.user_id", "sessions.session_id"],
+        name="session_turns_session_fkey",
+        ondelete="CASCADE",
+    ),
+    _one_of("session_turns_status_check", "status", "open completed interrupted failed refused expired"),
+    CheckConstraint("(status = 'open') = (closed_at IS NULL)", name="session_turns_closed_at_check"),
+    Index("session_turns_by_opened_at_idx", "user_id", "session_id", "opened_at", "turn_id"),
+    Index(
+        "session_turns_open_key",
+        "user_id",
+        "session_id",
+        unique=True,
+        postgresql_where=text("status = 'open'"),
+    ),
+)
+
+session_memories = Table(
+    "session_memories",
+    metadata,
+    _id("user_id"),
+    _id("session_id"),
+    _id("memory_id"),
+    Column("memory_type", Text, nullable=False),
+    Column("content", Text, nullable=False),
+    Column("metadata", JSONB, nullable=False, server_default=text("'{}'")),
+    _time("created_at"),
+    _time("updated_at"),
+    PrimaryKeyConstraint("user_id", "session_id", "memory_id", name="session_memories_pkey"),
+    ForeignKeyConstraint(
+        ["user_id", "session_id"],
+        ["sessions.user_id", "sessions.session_id"],
+        name="session_memories_session_fkey",
+        ondelete="CASCADE",
+    ),
+    _one_of("session_memories_memory_type_check", "memory_type", "preference conversation entity summary custom"),
+    Index("session_memories_by_session_idx", "user_id", "session_id", "created_at", "memory_id"),
+    Index("session_memories_by_user_idx", "user_id", "created_at", "memory_id"),
+)

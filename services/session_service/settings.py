@@ -1,0 +1,27 @@
+"""session_service's settings, read from the environment once, in main."""
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
+
+from shared.settings import SharedSettings, split_csv
+from shared.wire import Limits
+
+
+class SessionServiceSettings(SharedSettings):
+    model_config = SettingsConfigDict(env_nested_delimiter="__")
+
+    service_host: str = "127.0.0.1"
+    service_port: int = Field(8205, ge=0, le=65535)
+    session_service_tokens: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split_csv)] = ()
+    limits: Limits = Limits()
+    context_max_tokens: int = Field(100_000, ge=1)
+    sweep_interval_seconds: float = Field(300, gt=0)
+    stats_cache_seconds: float = Field(5, ge=0, le=5)
+
+    @model_validator(mode="after")
+    def _tokens_outside_development(self) -> "SessionServiceSettings":
+        if not self.session_service_tokens and not self.is_development:
+            raise ValueError("SESSION_SERVICE_TOKENS is required outside dev and test")
+        return self

@@ -1,0 +1,332 @@
+"""Turns: a request and the answer to it, applied once.
+
+Its one invariant: of a session at most one turn is open, and only the holder of the lease of the turn opened
+last can write the answer, once.
+"""
+
+import hashlib
+import secrets
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import and_, bindparam, func, insert, select
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.sql.elements import ColumnElement
+from uuid_utils import uuid7
+
+from services.session_service import context, cursors, messages, sessions
+from services.session_service.creation import find_or_create
+from services.session_service.leases import close_overdue
+from services.session_service.rewind import supersede
+from services.session_service.schema import OPEN, session_messages
+from services.session_service.schema import session_turns as table
+from services.session_service.schema import sessions as _session
+from services.session_service.sessions import NOW, SECOND, TOUCHED, Locked
+from shared import wire
+from shared.canonical import speaker
+from shared.database import Conn, Database, Row
+from shared.errors import LeaseLost, TurnClosed, TurnNotFound, ValidationFailed
+from shared.json import dumps
+
+# Claude's names of the token counts in a usage object; other numbers in there are no tokens.
+TOKEN_COUNTS = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+
+mine: ColumnElement[bool] = and_(table.c.user_id == bindparam("user_id"), table.c.session_id == bindparam("session_id"))
+_this = and_(mine, table.c.turn_id == bindparam("turn_id"))
+COLUMNS: tuple[ColumnElement[Any], ...] = tuple(table.c[name] for name in wire.Turn.model_fields)
+_lease_seconds = bindparam("lease_seconds", type_=sa.Integer)
+
+OPEN_TURN = (
+    insert(table)
+    .values(
+        user_id=bindparam("user_id"),
+        session_id=bindparam("session_id"),
+        turn_id=bindparam("turn_id"),
+        status=OPEN,
+        lease_token=bindparam("lease_token"),
+        lease_seconds=_lease_seconds,
+        lease_expires_at=NOW + _lease_seconds * SECOND,
+        opened_at=NOW,
+        input_from_seq=bindparam("input_from_seq", type_=sa.Integer),
+        input_to_seq=bindparam("input_to_seq", type_=sa.Integer),
+    )
+    .returning(table.c.lease_expires_at)
+)
+HOLD = (
+    sa.update(_session)
+    .where(sessions.mine)
+    .values(
+        **TOUCHED,
+        latest_turn_id=bindparam("turn_id", type_=sa.Text),
+        lease_expires_at=bindparam("lease_expires_at", type_=sa.TIMESTAMP(timezone=True)),
+        window_start_seq=bindparam("window_start_seq", type_=sa.Integer),
+    )
+    .returning(*sessions.COLUMNS)
+)
+LAST_VISIBLE_ROLE = (
+    select(session_messages.c.role)
+    .where(messages.mine, session_messages.c.superseded_at.is_(None))
+    .order_by(session_messages.c.seq.desc())
+    .limit(1)
+)
+
+
+async def open_turn(
+    database: Database, user_id: str, session_id: str, request: wire.OpenTurn, *, default_max_tokens: int
+) -> wire.TurnOpened:
+    """Finds or makes the session, takes back what the request rewinds, stores its messages, opens the turn.
+
+    All of it in one transaction. Raises TurnInProgress at once where another turn is open; waiting is waiting.py's.
+    """
+    drafts = [messages.draft(message) for message in request.messages]
+    budget = context.Budget.of(request.context, default_max_tokens)
+
+    async def work(conn: Conn) -> wire.TurnOpened:
+        locked = await find_or_create(conn, user_id, session_id, request.create_session)
+        await close_overdue(conn, locked)
+        if request.rewind_to_seq is not None:
+            await _rewind(conn, locked, request.rewind_to_seq)
+        if not drafts:
+            await _require_user_last(conn, locked)
+        turn_id = str(uuid7())
+        stored = await messages.append_drafts(conn, user_id, session_id, drafts, turn_id=turn_id) or []
+        lease_token = secrets.token_urlsafe(24)
+        row = await conn.row(
+            OPEN_TURN,
+            **locked.key,
+            turn_id=turn_id,
+            lease_token=lease_token,
+            lease_seconds=request.lease_seconds,
+            input_from_seq=stored[0].seq if stored else None,
+            input_to_seq=stored[-1].seq if stored else None,
+        )
+        assert row is not None  # noqa: S101 - an insert returns its row
+        locked = await sessions.lock(conn, user_id, session_id)
+        built, window_start_seq = await context.build(conn, locked, budget, moves=True)
+        lease_expires_at: datetime = row["lease_expires_at"]
+        session = sessions.from_row(
+            await conn.row(
+                HOLD,
+                **locked.key,
+                turn_id=turn_id,
+                lease_expires_at=lease_expires_at,
+                window_start_seq=window_start_seq,
+            )
+        )
+        return wire.TurnOpened.model_construct(
+            turn_id=turn_id,
+            lease_token=lease_token,
+            lease_expires_at=lease_expires_at,
+            session=session,
+            messages=stored,
+            context=built,
+        )
+
+    return await database.transact(work)
+
+
+async def _rewind(conn: Conn, locked: Locked, to_seq: int) -> None:
+    if to_seq > locked.last_seq:
+        raise ValidationFailed.at("body", "rewind_to_seq", msg=f"The last message has seq {locked.last_seq}")
+    if to_seq < locked.last_seq:
+        await supersede(conn, locked, from_seq=to_seq + 1)
+
+
+async def _require_user_last(conn: Conn, locked: Locked) -> None:
+    role = await conn.value(LAST_VISIBLE_ROLE, **locked.key)
+    if role is None or speaker(role) != "user":
+        raise ValidationFailed.at("body", "messages", msg="May be empty only when the last message is the user's")
+
+
+# ── renew ───────────────────────────────────────────────────────────────────────────────────────
+
+GET = select(*COLUMNS).where(_this)
+GET_WITH_LEASE = select(*COLUMNS, table.c.lease_token, table.c.completion_hash).where(_this)
+RENEW = (
+    sa.update(table)
+    .where(_this)
+    .values(lease_expires_at=NOW + table.c.lease_seconds * SECOND)
+    .returning(table.c.lease_expires_at)
+)
+TOUCH = (
+    sa.update(_session)
+    .where(sessions.mine)
+    .values(**TOUCHED, lease_expires_at=bindparam("lease_expires_at", type_=sa.TIMESTAMP(timezone=True)))
+)
+
+
+def from_row(row: Row) -> wire.Turn:
+    return wire.Turn.model_construct(**{name: row[name] for name in wire.Turn.model_fields})
+
+
+async def _held(conn: Conn, locked: Locked, turn_id: str, lease_token: str) -> Row:
+    """The turn's row; LeaseLost for a wrong token."""
+    row = await conn.row(GET_WITH_LEASE, **locked.key, turn_id=turn_id)
+    if row is None:
+        raise TurnNotFound
+    if not secrets.compare_digest(row["lease_token"].encode(), lease_token.encode()):
+        raise LeaseLost
+    return row
+
+
+async def renew(database: Database, user_id: str, session_id: str, turn_id: str, lease_token: str) -> wire.TurnRenewed:
+    """The lease, running again for as long as it was opened for. Raises LeaseLost, TurnClosed."""
+
+    async def work(conn: Conn) -> wire.TurnRenewed:
+        locked = await sessions.lock(conn, user_id, session_id)
+        row = await _held(conn, locked, turn_id, lease_token)
+        if row["status"] != "open":
+            raise TurnClosed
+        lease_expires_at = await conn.value(RENEW, **locked.key, turn_id=turn_id)
+        await conn.rows(TOUCH, **locked.key, lease_expires_at=lease_expires_at)
+        return wire.TurnRenewed.model_construct(turn_id=turn_id, lease_expires_at=lease_expires_at)
+
+    return await database.transact(work)
+
+
+# ── complete ────────────────────────────────────────────────────────────────────────────────────
+
+_jsonb = JSONB(none_as_null=True)
+CLOSE = (
+    sa.update(table)
+    .where(_this)
+    .values(
+        status=bindparam("status", type_=sa.Text),
+        closed_at=NOW,
+        output_from_seq=bindparam("output_from_seq", type_=sa.Integer),
+        output_to_seq=bindparam("output_to_seq", type_=sa.Integer),
+        stop_reason=bindparam("stop_reason", type_=sa.Text),
+        model=bindparam("model", type_=sa.Text),
+        usage=bindparam("usage", type_=_jsonb),
+        cost_usd=bindparam("cost_usd", type_=sa.Numeric),
+        upstream=bindparam("upstream", type_=_jsonb),
+        error=bindparam("error", type_=_jsonb),
+        completion_hash=bindparam("completion_hash", type_=sa.LargeBinary),
+    )
+    .returning(*COLUMNS)
+)
+RELEASE = (
+    sa.update(_session).where(sessions.mine).values(**TOUCHED, lease_expires_at=sa.null()).returning(*sessions.COLUMNS)
+)
+OUTPUT = (
+    select(*messages.COLUMNS)
+    .where(
+        messages.mine,
+        session_messages.c.seq.between(bindparam("from_seq", type_=sa.Integer), bindparam("to_seq", type_=sa.Integer)),
+    )
+    .order_by(session_messages.c.seq)
+)
+
+
+async def complete(
+    database: Database, user_id: str, session_id: str, turn_id: str, answer: wire.CompleteTurn
+) -> wire.TurnCompleted:
+    """Stores the answer and closes the turn, in one transaction; the same call again gives the same answer.
+
+    A lease that has run out may still complete until another turn was opened. Raises LeaseLost after that or
+    for a wrong token, TurnClosed for a second, different completion.
+    """
+    completion_hash = hashlib.sha256(dumps(answer.model_dump(mode="json"))).digest()
+    drafts = _drafts(answer)
+
+    async def work(conn: Conn) -> wire.TurnCompleted:
+        locked = await sessions.lock(conn, user_id, session_id)
+        row = await _held(conn, locked, turn_id, answer.lease_token)
+        if row["completion_hash"] is not None:
+            if row["completion_hash"] != completion_hash:
+                raise TurnClosed
+            return await _completed(conn, locked, from_row(row))
+        if locked.latest_turn_id != turn_id:
+            raise LeaseLost
+        if answer.status == "refused" and row["input_from_seq"] is not None:
+            await supersede(conn, locked, from_seq=row["input_from_seq"], to_seq=row["input_to_seq"])
+        stored = await messages.append_drafts(conn, user_id, session_id, drafts, turn_id=turn_id) or []
+        fields = ("status", "stop_reason", "model", "usage", "cost_usd", "upstream", "error")
+        closed = await conn.row(
+            CLOSE,
+            **locked.key,
+            turn_id=turn_id,
+            output_from_seq=stored[0].seq if stored else None,
+            output_to_seq=stored[-1].seq if stored else None,
+            completion_hash=completion_hash,
+            **{name: getattr(answer, name) for name in fields},
+        )
+        session = sessions.from_row(await conn.row(RELEASE, **locked.key))
+        assert closed is not None  # noqa: S101 - the row was just read under the session's lock
+        return wire.TurnCompleted.model_construct(turn=from_row(closed), messages=stored, session=session)
+
+    return await database.transact(work)
+
+
+def _drafts(answer: wire.CompleteTurn) -> list[messages.Draft]:
+    """The answer's messages; its last assistant message gets the call's figures where it has none of its own."""
+    last = max((place for place, each in enumerate(answer.messages) if each.role == "assistant"), default=-1)
+    counts = {name: _count(answer.usage, name) for name in TOKEN_COUNTS}
+    outputs = sum(each.role == "assistant" for each in answer.messages)
+    # With one assistant message, all output tokens are its share; of several nobody tells the shares.
+    reported = counts["output_tokens"] if outputs == 1 else 0
+    return [
+        messages.draft(
+            message,
+            tokens_used=min(sum(counts.values()), 2**31 - 1) if place == last else 0,
+            cost_usd=(answer.cost_usd or Decimal(0)) if place == last else Decimal(0),
+            reported_tokens=(reported or None) if place == last else None,
+        )
+        for place, message in enumerate(answer.messages)
+    ]
+
+
+def _count(usage: dict[str, Any] | None, name: str) -> int:
+    value = (usage or {}).get(name)
+    return min(value, 2**31 - 1) if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+async def _completed(conn: Conn, locked: Locked, turn: wire.Turn) -> wire.TurnCompleted:
+    rows = []
+    if turn.output_from_seq is not None:
+        rows = await conn.rows(OUTPUT, **locked.key, from_seq=turn.output_from_seq, to_seq=turn.output_to_seq)
+    stored = [messages.from_row(row) for row in rows]
+    return wire.TurnCompleted.model_construct(turn=turn, messages=stored, session=locked.session)
+
+
+# ── read ────────────────────────────────────────────────────────────────────────────────────────
+
+LIST = (
+    select(*COLUMNS)
+    .where(
+        mine,
+        sa.or_(
+            bindparam("after_id", type_=sa.Text).is_(None),
+            sa.tuple_(table.c.opened_at, table.c.turn_id)
+            < sa.tuple_(
+                bindparam("after_moment", type_=sa.TIMESTAMP(timezone=True)), bindparam("after_id", type_=sa.Text)
+            ),
+        ),
+    )
+    .order_by(table.c.opened_at.desc(), table.c.turn_id.desc())
+    .limit(bindparam("limit", type_=sa.Integer))
+)
+COUNT_OPEN = select(func.count()).select_from(table).where(table.c.status == OPEN)
+
+
+async def get(conn: Conn, user_id: str, session_id: str, turn_id: str) -> wire.Turn:
+    row = await conn.row(GET, user_id=user_id, session_id=session_id, turn_id=turn_id)
+    if row is None:
+        await sessions.get(conn, user_id, session_id)
+        raise TurnNotFound
+    return from_row(row)
+
+
+async def list_turns(conn: Conn, user_id: str, session_id: str, *, limit: int, cursor: str | None) -> wire.TurnList:
+    """A session's turns, newest first."""
+    await sessions.get(conn, user_id, session_id)
+    after_moment, after_id = cursors.decode(cursor, "turns") if cursor else (None, None)
+    ids = {"user_id": user_id, "session_id": session_id}
+    rows = await conn.rows(LIST, **ids, limit=limit + 1, after_moment=after_moment, after_id=after_id)
+    turns = [from_row(row) for row in rows[:limit]]
+    last = turns[-1] if len(rows) > limit else None
+    return wire.TurnList.model_construct(
+        turns=turns, next_cursor=last and cursors.encode("turns", last.opened_at, last.turn_id)
+    )

@@ -1,0 +1,3 @@
+"""What both services use: wire shapes, errors, discovery, the database, the runner. Imports no service."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,158 @@
+"""The outermost room of a service: every request passes in and every answer out through here.
+
+Its one invariant: whatever happens inside, the client gets one whole answer with an X-Request-Id, and one log
+line tells of it. Pure ASGI: what is built on BaseHTTPMiddleware leaks connections when streams are cut.
+"""
+
+import asyncio
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Final
+
+import structlog
+from prometheus_client import Histogram
+from starlette.datastructures import MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uuid_utils import uuid7
+
+from shared.errors import BodyTooLarge, Internal, RequestTimeout, ServiceError
+from shared.json import dumps
+
+log = structlog.get_logger(__name__)
+
+_SANE_REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_QUIET_ROUTES: Final = frozenset({"/health", "/health/live", "/health/ready", "/health/detailed", "/metrics"})
+
+
+def answer(value: object, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON answer, written once, straight to bytes."""
+    return Response(dumps(value), status_code=status, headers=headers, media_type="application/json")
+
+
+def error_answer(error: ServiceError) -> Response:
+    return answer(error.body(), status=error.status, headers=error.headers())
+
+
+@dataclass(frozen=True, slots=True)
+class BodyRules:
+    """How much a request body may hold, and how long it may take to arrive."""
+
+    max_bytes: int
+    timeout_seconds: float
+    unlimited_paths: frozenset[str] = frozenset()
+
+
+class Door:
+    """Gives each request its id, guards its body, measures and logs it, and catches what nobody else caught.
+
+    `admit` raises a ServiceError for a request that must not come in. `render` makes the answer of an error, in
+    the words of the service's protocol.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        rules: BodyRules,
+        duration: Histogram,
+        admit: Callable[[Scope], None] = lambda scope: None,
+        render: Callable[[ServiceError, Scope], Response] = lambda error, scope: error_answer(error),
+    ) -> None:
+        self._app = app
+        self._rules = rules
+        self._duration = duration
+        self._admit = admit
+        self._render = render
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        reply = _Reply(send, request_id)
+        started_at = perf_counter()
+        try:
+            self._admit(scope)
+            guarded = _guarded(receive, self._rules, scope)
+            await self._app(scope, guarded, reply.send)
+        except ServiceError as error:
+            if not reply.started:
+                response = self._render(error, scope)
+                if isinstance(error, BodyTooLarge | RequestTimeout):
+                    response.headers["connection"] = "close"  # the rest of the body is still on its way
+                await response(scope, receive, reply.send)
+        except Exception:
+            log.exception("unhandled_error", method=scope["method"], path=scope["path"])
+            if not reply.started:
+                await self._render(Internal(), scope)(scope, receive, reply.send)
+        finally:
+            self._note(scope, reply.status, perf_counter() - started_at)
+
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", None) or "unmatched"
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._duration.labels(route, method, str(status)).observe(seconds)
+        write = log.debug if route in _QUIET_ROUTES and status < 400 else log.info
+        write("request", method=method, route=route, status=status, duration_ms=round(seconds * 1000, 2))
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            text = value.decode("latin-1")
+            if _SANE_REQUEST_ID.fullmatch(text):
+                return str(text)
+    return str(uuid7())
+
+
+class _Reply:
+    """The answer on its way out; status 499 where the client left before there was one."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self.started = False
+        self.status = 499
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            self.status = message["status"]
+            MutableHeaders(scope=message).setdefault("x-request-id", self._request_id)
+        await self._send(message)
+
+
+def _guarded(receive: Receive, rules: BodyRules, scope: Scope) -> Receive:
+    """`receive` that counts the body's bytes as they come, and knows when they must all be here."""
+    if scope["path"] in rules.unlimited_paths:
+        return receive
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value) > rules.max_bytes:
+            raise BodyTooLarge(f"A request body has at most {rules.max_bytes} bytes", max_bytes=rules.max_bytes)
+    deadline = asyncio.get_running_loop().time() + rules.timeout_seconds
+    received_bytes = 0
+    is_whole = False
+
+    async def guarded() -> Message:
+        nonlocal received_bytes, is_whole
+        if is_whole:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError:
+            raise RequestTimeout from None
+        received_bytes += len(message.get("body", b""))
+        if received_bytes > rules.max_bytes:
+            raise BodyTooLarge(f"A request body has at most {rules.max_bytes} bytes", max_bytes=rules.max_bytes)
+        is_whole = not message.get("more_body", False)
+        return message
+
+    return guarded

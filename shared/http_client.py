@@ -1,0 +1,35 @@
+"""The HTTP client of everything here: httpx over aiohttp's connection pool, which survives cancelled streams.
+
+Its one invariant: nothing of the machine's environment (proxies, netrc) finds its way into a call.
+"""
+
+from collections.abc import Mapping
+from typing import Final
+
+import aiohttp
+import httpx
+from httpx_aiohttp import AiohttpTransport
+
+KEEP_ALIVE_SECONDS: Final = 30
+"""Shorter than our servers keep an idle connection (75 s), so that none is closed under a request on its way."""
+
+
+def http_client(
+    *, read_seconds: float | None, connect_seconds: float, headers: Mapping[str, str] | None = None
+) -> httpx.AsyncClient:
+    """A client with any number of connections; `read_seconds` is the longest silence of an answer."""
+
+    def session() -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS))
+
+    return httpx.AsyncClient(
+        transport=AiohttpTransport(client=session),
+        timeout=httpx.Timeout(read_seconds, connect=connect_seconds, pool=None),
+        headers=dict(headers or {}),
+        trust_env=False,
+    )
+
+
+def was_not_sent(error: Exception) -> bool:
+    """Whether the request cannot have reached the other side: no connection was ever made for it."""
+    return isinstance(error.__cause__, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)

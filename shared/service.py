@@ -1,0 +1,140 @@
+"""Running one service process: listen, register, serve, and stop without dropping anyone.
+
+Its one invariant: on SIGTERM the instance leaves Consul before it stops listening. Under uvicorn the lifespan's
+shutdown part runs only after the port is closed, so registration belongs here.
+"""
+
+import asyncio
+import signal
+import socket
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+import uvicorn
+import uvloop
+from starlette.types import ASGIApp
+
+from shared.discovery import Consul, Registration
+from shared.header_deadline import deadline_protocol
+from shared.settings import SharedSettings
+
+log = structlog.get_logger(__name__)
+
+KEEP_ALIVE_SECONDS: Final = 75
+"""Longer than clients keep idle connections (30 s), so that none is closed under a request on its way."""
+_WATCHERS_SECONDS: Final = 3.0
+
+
+@dataclass(slots=True)
+class Lifecycle:
+    """What the process is about to do, for the health routes."""
+
+    draining: bool = False
+
+
+class ServiceStopped(SystemExit):
+    """The process cannot run; the line that says why has been logged."""
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield  # signals are ours
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; one clear line and exit code 1 when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        log.error("cannot_listen", host=host, port=port, reason=error.strerror)  # noqa: TRY400
+        raise ServiceStopped(1) from None
+    return bound
+
+
+def run(
+    app: ASGIApp, *, name: str, host: str, port: int, settings: SharedSettings, lifecycle: Lifecycle, register: bool
+) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal stops at once."""
+    bound = listen(host, port)
+    config = uvicorn.Config(
+        app,
+        http=deadline_protocol(settings.header_timeout_seconds),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=int(settings.graceful_stop_seconds),
+    )
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(_Server(config), bound, name, settings, lifecycle, register=register))
+
+
+async def _serve(
+    server: _Server,
+    bound: socket.socket,
+    name: str,
+    settings: SharedSettings,
+    lifecycle: Lifecycle,
+    *,
+    register: bool,
+) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            server.should_exit = server.force_exit = True
+        stop.set()
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(each, on_signal)
+    serving = asyncio.create_task(server.serve(sockets=[bound]))
+    stopping = asyncio.create_task(stop.wait())
+    while not server.started and not serving.done():  # noqa: ASYNC110 - uvicorn tells it by a flag only
+        await asyncio.sleep(0.01)
+    host, port = _advertised(bound, settings)
+    log.info("listening", name=name, host=host, port=port, environment=settings.environment)
+    agent: Any = None
+    registration: Registration | None = None
+    keeping: asyncio.Task[None] | None = None
+    if register and settings.consul_host:
+        token = settings.consul_token.get_secret_value() or None
+        agent = Consul(settings.consul_host, settings.consul_port, token=token)
+        registration = Registration(agent, name, host, port)
+        keeping = asyncio.create_task(registration.keep())
+    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    log.info("stopping", name=name)
+    lifecycle.draining = True
+    if registration is not None and keeping is not None:
+        keeping.cancel()
+        with suppress(asyncio.CancelledError):
+            await keeping
+        await registration.deregister()
+        await agent.close()
+        # Those who watch Consul need a moment to hear of it; until then this port must answer them.
+        await asyncio.wait({serving}, timeout=_WATCHERS_SECONDS)
+    server.should_exit = True
+    stopping.cancel()
+    await serving
+    log.info("stopped", name=name)
+    sys.stderr.flush()
+
+
+def _advertised(bound: socket.socket, settings: SharedSettings) -> tuple[str, int]:
+    """The address that others reach this process at."""
+    host, port = bound.getsockname()[:2]
+    if settings.advertise_host:
+        return settings.advertise_host, port
+    if host in {"0.0.0.0", "::"}:
+        return socket.gethostbyname(socket.gethostname()), port
+    return host, port

@@ -1,0 +1,174 @@
+"""The async client of session_service: finds an instance, calls it, decodes answers and errors.
+
+Its one invariant: a call is sent a second time only when the first certainly was not applied, or when applying
+it twice is the same as once.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+from urllib.parse import quote
+
+import httpx
+import structlog
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+
+from shared import wire
+from shared.discovery import Instance, Instances
+from shared.errors import NotInitialized, ServiceError, SessionServiceUnavailable, decode
+from shared.http_client import http_client, was_not_sent
+from shared.json import dumps
+
+log = structlog.get_logger(__name__)
+
+_FIRST_INSTANCE_SECONDS: Final = 3.0
+_MAX_TRIES: Final = 3
+
+Answer = TypeVar("Answer", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionKey:
+    """A session of a user."""
+
+    user_id: str
+    session_id: str
+
+    @property
+    def path(self) -> str:
+        return f"/api/v1/sessions/{quote(self.session_id, safe='')}"
+
+
+class SessionClient:
+    """Calls of session_service; each raises the ServiceError that the service answered with.
+
+    Raises SessionServiceUnavailable when no instance can be reached.
+    """
+
+    def __init__(
+        self,
+        instances: Instances,
+        *,
+        token: str = "",
+        timeout_seconds: float = 30,
+        connect_timeout_seconds: float = 2,
+    ) -> None:
+        self._instances = instances
+        self._client = http_client(
+            read_seconds=timeout_seconds,
+            connect_seconds=connect_timeout_seconds,
+            headers={"authorization": f"Bearer {token}"} if token else {},
+        )
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    # ── sessions ────────────────────────────────────────────────────────────────────────────────
+
+    async def create_session(self, new: wire.CreateSession) -> wire.Session:
+        return await self._call(wire.Session, "POST", "/api/v1/sessions", body=new)
+
+    async def get_session(self, key: SessionKey) -> wire.Session:
+        return await self._call(wire.Session, "GET", key.path, key, repeatable=True)
+
+    async def update_session(self, key: SessionKey, change: wire.UpdateSession) -> wire.Session:
+        return await self._call(wire.Session, "PUT", key.path, key, body=change, repeatable=True)
+
+    async def end_session(self, key: SessionKey) -> None:
+        await self._call(wire.Notice, "DELETE", key.path, key, repeatable=True)
+
+    async def list_messages(self, key: SessionKey, **params: Any) -> wire.MessageList:
+        """Parameters as in the HTTP call: page, page_size, after_seq, before_seq, limit, order …"""
+        return await self._call(wire.MessageList, "GET", f"{key.path}/messages", key, params=params, repeatable=True)
+
+    # ── turns ───────────────────────────────────────────────────────────────────────────────────
+
+    async def align(self, key: SessionKey, hashes: list[str]) -> wire.Aligned:
+        body = wire.Align(hashes=hashes)
+        return await self._call(wire.Aligned, "POST", f"{key.path}/align", key, body=body, repeatable=True)
+
+    async def open_turn(
+        self, key: SessionKey, request: wire.OpenTurn, *, idempotency_key: str | None = None
+    ) -> wire.TurnOpened:
+        headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
+        return await self._call(
+            wire.TurnOpened,
+            "POST",
+            f"{key.path}/turns",
+            key,
+            body=request,
+            headers=headers,
+            extra_seconds=request.wait_seconds,
+        )
+
+    async def renew_turn(self, key: SessionKey, turn_id: str, lease_token: str) -> wire.TurnRenewed:
+        path = f"{key.path}/turns/{turn_id}/renew"
+        body = wire.RenewTurn(lease_token=lease_token)
+        return await self._call(wire.TurnRenewed, "POST", path, key, body=body, repeatable=True)
+
+    async def complete_turn(self, key: SessionKey, turn_id: str, answer: wire.CompleteTurn) -> wire.TurnCompleted:
+        path = f"{key.path}/turns/{turn_id}/complete"
+        return await self._call(wire.TurnCompleted, "POST", path, key, body=answer, repeatable=True)
+
+    # ── one call ────────────────────────────────────────────────────────────────────────────────
+
+    async def _call(
+        self,
+        model: type[Answer],
+        method: str,
+        path: str,
+        key: SessionKey | None = None,
+        *,
+        body: BaseModel | None = None,
+        params: dict[str, Any] | None = None,
+        headers: dict[str, str] | None = None,
+        repeatable: bool = False,
+        extra_seconds: float = 0,
+    ) -> Answer:
+        await self._instances.first(_FIRST_INSTANCE_SECONDS)
+        query = {**(params or {}), **({"user_id": key.user_id} if key else {})}
+        content = None if body is None else dumps(body.model_dump(exclude_none=True))
+        timeout = self._client.timeout
+        if extra_seconds:
+            read = (timeout.read or 0) + extra_seconds
+            timeout = httpx.Timeout(read, connect=timeout.connect)
+        failure: ServiceError = SessionServiceUnavailable(retry_after_seconds=1)
+        for instance in self._instances.in_order()[:_MAX_TRIES]:
+            try:
+                response = await self._client.request(
+                    method,
+                    instance.url + path,
+                    params=query,
+                    content=content,
+                    headers={"content-type": "application/json", **(headers or {})},
+                    timeout=timeout,
+                )
+            except (httpx.HTTPError, OSError) as error:
+                self._instances.failed(instance)
+                log.warning("session_service_call_failed", instance=instance.url, error=type(error).__name__)
+                if repeatable or was_not_sent(error):
+                    continue
+                raise SessionServiceUnavailable(retry_after_seconds=1) from error
+            if response.is_success:
+                self._instances.worked(instance)
+                return _decoded(model, response)
+            failure = _failure(response, instance)
+            if response.status_code != 503 or not (repeatable or isinstance(failure, NotInitialized)):
+                raise failure
+        raise failure
+
+
+def _failure(response: httpx.Response, instance: Instance) -> ServiceError:
+    try:
+        body = from_json(response.content)
+    except ValueError:
+        log.warning("session_service_answer_unreadable", instance=instance.url, status=response.status_code)
+        body = None
+    return decode(response.status_code, body, response.headers.get("retry-after"))
+
+
+def _decoded(model: type[Answer], response: httpx.Response) -> Answer:
+    try:
+        return model.model_validate_json(response.content)
+    except ValidationError as error:
+        raise SessionServiceUnavailable("session_service gave an answer that is not in the contract") from error

@@ -1,0 +1,66 @@
+"""FastAPI's routes with strict bodies: the JSON is read by our rules, and limits come from settings.
+
+Its one invariant: a body is refused or it is exactly what the route gets; nothing is coerced.
+"""
+
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+
+from shared import json
+from shared.errors import ValidationFailed
+
+
+def validation_failed(errors: Sequence[Any], prefix: tuple[str, ...] = ()) -> ValidationFailed:
+    """Pydantic's errors as `{type, loc, msg}`; what was sent is not repeated."""
+    return ValidationFailed(
+        [{"type": each["type"], "loc": [*prefix, *each["loc"]], "msg": each["msg"]} for each in errors]
+    )
+
+
+class _ParsedRequest(Request):
+    """A request whose body was read and checked before FastAPI looks at it."""
+
+    def __init__(self, request: Request, value: BaseModel) -> None:
+        headers = [(name, content) for name, content in request.scope["headers"] if name != b"content-type"]
+        scope = {**request.scope, "headers": [*headers, (b"content-type", b"application/json")]}
+        super().__init__(scope, request.receive)
+        self._value = value
+
+    async def body(self) -> bytes:
+        return b"{}"  # not empty, so that FastAPI asks for json()
+
+    async def json(self) -> Any:
+        return self._value
+
+
+class StrictRoute(APIRoute):
+    """Reads a declared body as strict JSON, checks it with `app.state.limits` as context, names what is wrong."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        model = self.body_field and self.body_field.field_info.annotation
+
+        async def strict(request: Request) -> Response:
+            try:
+                if isinstance(model, type) and issubclass(model, BaseModel):
+                    request = _ParsedRequest(request, await _read(request, model))
+                return await handle(request)
+            except RequestValidationError as error:
+                raise validation_failed(error.errors()) from None
+
+        return strict
+
+
+async def _read(request: Request, model: type[BaseModel]) -> BaseModel:
+    value = json.parse(await request.body())
+    if not isinstance(value, dict):
+        raise ValidationFailed.at("body", msg="The body is a JSON object", type="dict_type")
+    try:
+        return model.model_validate(value, context=request.app.state.limits)
+    except ValidationError as error:
+        raise validation_failed(error.errors(include_url=False, include_input=False), ("body",)) from None
