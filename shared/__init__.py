@@ -1,3 +1,3 @@
 """What both services use: wire shapes, errors, discovery, the database, the runner. Imports no service."""
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"

@@ -18,8 +18,10 @@ import structlog
 from sqlalchemy.dialects.postgresql import asyncpg as asyncpg_dialect
 from sqlalchemy.sql import ClauseElement
 
+from shared import embedded_postgres
 from shared.errors import DatabaseUnavailable
 from shared.json import dump_text, loads
+from shared.settings import SharedSettings
 
 Row = asyncpg.Record
 T = TypeVar("T")
@@ -228,3 +230,16 @@ def _wants_again(error: Exception) -> bool:
 async def _prepare_codecs(connection: "asyncpg.Connection[Row]") -> None:
     for name in ("json", "jsonb"):
         await connection.set_type_codec(name, schema="pg_catalog", encoder=dump_text, decoder=loads)
+
+
+def from_settings(settings: SharedSettings, application_name: str) -> Database:
+    """The database that the settings name; the embedded one, started if need be, where they name none."""
+    return Database(
+        settings.database_url.get_secret_value() or embedded_postgres.start(settings.local_state / "postgres"),
+        schema=settings.db_schema,
+        pool_size=settings.database_pool_size,
+        timeout_seconds=settings.database_timeout_seconds,
+        connect_timeout_seconds=settings.database_connect_timeout_seconds,
+        pooler=settings.database_pooler,
+        application_name=application_name,
+    )

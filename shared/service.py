@@ -11,11 +11,12 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import structlog
 import uvicorn
 import uvloop
+from pydantic import ValidationError
 from starlette.types import ASGIApp
 
 from shared.discovery import Consul, Registration
@@ -36,6 +37,9 @@ class Lifecycle:
     draining: bool = False
 
 
+Settings = TypeVar("Settings", bound=SharedSettings)
+
+
 class ServiceStopped(SystemExit):
     """The process cannot run; the line that says why has been logged."""
 
@@ -44,6 +48,16 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield  # signals are ours
+
+
+def read_settings(kind: type[Settings], name: str) -> Settings:
+    """The settings from the environment; one line that says what is wrong, and exit code 1, if they are not valid."""
+    try:
+        return kind()
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, each['loc'])).upper()}: {each['msg']}".lstrip(": ") for each in error.errors()]
+        sys.stderr.write(f"{name} cannot start: {'; '.join(wrong)}\n")
+        raise ServiceStopped(1) from None
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -82,6 +82,13 @@ def _message_id(value: str) -> str:
     return value
 
 
+def _no_nul(value: str) -> str:
+    if "\0" in value:
+        raise _refuse("U+0000 cannot be stored")
+    return value
+
+
+QueryText = Annotated[str, AfterValidator(_no_nul)]
 UserId = Annotated[str, AfterValidator(_id)]
 SessionId = Annotated[str, AfterValidator(_session_id)]
 MessageId = Annotated[str, AfterValidator(_message_id)]

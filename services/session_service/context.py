@@ -10,7 +10,7 @@ caches hit. Reading never moves it.
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import sqlalchemy as sa
 from sqlalchemy import and_, bindparam, select
@@ -20,7 +20,7 @@ from services.session_service.formats import to_format
 from services.session_service.messages import mine
 from services.session_service.repairs import NO_RESULT, Piece, Repaired, repair
 from services.session_service.schema import session_messages as table
-from services.session_service.sessions import Locked
+from services.session_service.sessions import Detail
 from services.session_service.window import Entry, Window, choose
 from shared import wire
 from shared.canonical import canonical_blocks, speaker
@@ -108,7 +108,7 @@ class _System:
             self.tokens += part_tokens
 
 
-async def build(conn: Conn, locked: Locked, budget: Budget, *, moves: bool) -> tuple[wire.Context, int]:
+async def build(conn: Conn, locked: Detail, budget: Budget, *, moves: bool) -> tuple[wire.Context, int]:
     """The context, and where its window starts; with `moves` a window over the budget takes its large step.
 
     `moves` is for an opening turn. Raises ContextTooSmall when the newest user message cannot fit.
@@ -155,7 +155,7 @@ def _too_small(needed: int, budget: Budget) -> ContextTooSmall:
     )
 
 
-async def _entries(conn: Conn, locked: Locked, budget: Budget) -> tuple[list[Entry], bool]:
+async def _entries(conn: Conn, locked: Detail, budget: Budget) -> tuple[list[Entry], bool]:
     """Sizes of the newest messages, in order of seq, and whether they reach back to the window's start.
 
     They reach as far as the budget does, and on to a message of the user's own.
@@ -188,7 +188,7 @@ def _piece(row: Row) -> Piece:
     )
 
 
-async def _system(conn: Conn, locked: Locked, budget: Budget, *, room_tokens: int) -> _System:
+async def _system(conn: Conn, locked: Detail, budget: Budget, *, room_tokens: int) -> _System:
     """System messages, summary and memories, in this order of worth, as far as there is room."""
     system = _System([], 0, [], [])
     most = None if budget.max_messages is None else budget.max_messages - 1
@@ -220,7 +220,7 @@ async def _system(conn: Conn, locked: Locked, budget: Budget, *, room_tokens: in
 
 
 async def _left_out(
-    conn: Conn, locked: Locked, entries: list[Entry], seqs: list[int], done: Repaired, system: _System
+    conn: Conn, locked: Detail, entries: list[Entry], seqs: list[int], done: Repaired, system: _System
 ) -> list[wire.LeftOut]:
     """What the context lacks of the visible history, in order of seq."""
     left_out = [*system.left_out, *done.left_out]
@@ -248,7 +248,9 @@ def _context(
     done: Repaired, system: _System, used: int, start_seq: int, left_out: list[wire.LeftOut], budget: Budget
 ) -> wire.Context:
     reported = {piece.reported for piece in done.included}
-    source = "estimate" if reported <= {False} else "mixed" if False in reported or system.tokens else "usage"
+    source: Literal["usage", "estimate", "mixed"] = "estimate"
+    if True in reported:
+        source = "mixed" if False in reported or system.tokens else "usage"
     form = [[message["role"], canonical_blocks(message["content"])] for message in done.messages]
     canonical = json.dumps(form, sort_keys=True, separators=(",", ":")).encode()
     return wire.Context.model_construct(

@@ -21,7 +21,7 @@ from services.session_service.sessions import (
     NOW,
     SECOND,
     TOUCHED,
-    Locked,
+    Detail,
     from_row,
     get,
     lock,
@@ -107,7 +107,7 @@ async def create(database: Database, new: wire.CreateSession) -> wire.Session:
     raise SessionExists
 
 
-async def find_or_create(conn: Conn, user_id: str, session_id: str, options: wire.SessionOptions | None) -> Locked:
+async def find_or_create(conn: Conn, user_id: str, session_id: str, options: wire.SessionOptions | None) -> Detail:
     """The session, locked and active; made or brought back as `options` say (None: it must be there)."""
     try:
         locked = await lock(conn, user_id, session_id)
@@ -128,7 +128,7 @@ async def find_or_create(conn: Conn, user_id: str, session_id: str, options: wir
     return locked
 
 
-async def revive(conn: Conn, locked: Locked, options: wire.SessionOptions) -> wire.Session:
+async def revive(conn: Conn, locked: Detail, options: wire.SessionOptions) -> wire.Session:
     """An ended session, active again: with nothing to be seen (`restart`), or with what it had (`resume`).
 
     Raises SessionArchived or SessionNotActive for one that is not ended, TurnInProgress while a turn holds it.

@@ -8,7 +8,7 @@ from sqlalchemy import bindparam, literal_column
 
 from services.session_service.schema import OPEN, session_turns
 from services.session_service.schema import sessions as table
-from services.session_service.sessions import NOW, Locked, mine
+from services.session_service.sessions import NOW, Detail, mine
 from shared.database import Conn
 
 EXPIRE_TURN = (
@@ -23,7 +23,7 @@ EXPIRE_TURN = (
 RELEASE = sa.update(table).where(mine).values(lease_expires_at=sa.null(), version=table.c.version + 1)
 
 
-async def close_overdue(conn: Conn, locked: Locked) -> None:
+async def close_overdue(conn: Conn, locked: Detail) -> None:
     """Closes the open turn as expired, when there is one and its lease has run out; its messages stay."""
     if locked.has_open_turn and not locked.lease_left_seconds:
         await conn.rows(EXPIRE_TURN, **locked.key)

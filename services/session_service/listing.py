@@ -78,5 +78,5 @@ async def list_sessions(
         total=total,
         page=page,
         page_size=page_size,
-        next_cursor=last and cursors.encode(order, getattr(last, order), last.session_id),
+        next_cursor=cursors.encode(order, getattr(last, order), last.session_id) if last else None,
     )

@@ -153,5 +153,5 @@ async def list_memories(
         rows = await conn.rows(LIST, **asked, session_id=session_id)
     memories = [from_row(row) for row in rows[:limit]]
     last = memories[-1] if len(rows) > limit else None
-    next_cursor = last and cursors.encode("memories", last.created_at, last.memory_id)
+    next_cursor = cursors.encode("memories", last.created_at, last.memory_id) if last else None
     return wire.MemoryList.model_construct(memories=memories, next_cursor=next_cursor)

@@ -9,7 +9,7 @@ from sqlalchemy.sql.elements import ColumnElement
 
 from services.session_service.schema import session_messages
 from services.session_service.schema import sessions as table
-from services.session_service.sessions import COLUMNS, NOW, Locked, from_row, mine
+from services.session_service.sessions import COLUMNS, NOW, Detail, from_row, mine
 from shared import wire
 from shared.database import Conn
 
@@ -54,7 +54,7 @@ SUPERSEDE = (
 )
 
 
-async def supersede(conn: Conn, locked: Locked, *, from_seq: int, to_seq: int | None = None) -> wire.Session:
+async def supersede(conn: Conn, locked: Detail, *, from_seq: int, to_seq: int | None = None) -> wire.Session:
     """The session after its visible messages in from_seq…to_seq (default: the last) have been taken back."""
     last = locked.last_seq if to_seq is None else to_seq
     return from_row(await conn.row(SUPERSEDE, **locked.key, from_seq=from_seq, to_seq=last))

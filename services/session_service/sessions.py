@@ -76,7 +76,7 @@ COLUMNS: tuple[ColumnElement[Any], ...] = (
     table.c.parent_session_id,
     table.c.parent_seq,
 )
-_HELD = (
+_DETAILS = (
     expired.label("is_expired"),
     table.c.last_seq,
     table.c.summary_to_seq,
@@ -93,7 +93,8 @@ _HELD = (
 )
 
 GET = select(*COLUMNS).where(mine)
-LOCK = select(*COLUMNS, *_HELD).where(mine).with_for_update()
+LOOK = select(*COLUMNS, *_DETAILS).where(mine)
+LOCK = LOOK.with_for_update()
 EXPIRE = (
     sa.update(table)
     .where(mine, expired)
@@ -103,7 +104,7 @@ EXPIRE = (
         updated_at=NOW,
         version=table.c.version + 1,
     )
-    .returning(*COLUMNS, *_HELD)
+    .returning(*COLUMNS, *_DETAILS)
 )
 
 
@@ -122,8 +123,8 @@ def from_row(row: Row | None) -> wire.Session:
 
 
 @dataclass(frozen=True, slots=True)
-class Locked:
-    """A session whose row is held until the transaction ends, with what writers of its parts need to know."""
+class Detail:
+    """A session with what the writers and readers of its parts need to know."""
 
     session: wire.Session
     last_seq: int
@@ -156,19 +157,28 @@ async def get(conn: Conn, user_id: str, session_id: str) -> wire.Session:
     return from_row(await conn.row(GET, user_id=user_id, session_id=session_id))
 
 
-async def lock(conn: Conn, user_id: str, session_id: str) -> Locked:
+async def lock(conn: Conn, user_id: str, session_id: str) -> Detail:
     """The session, held against every other writer until the transaction ends; an expiry due is carried out."""
     row = await conn.row(LOCK, user_id=user_id, session_id=session_id)
     if row is not None and row["is_expired"]:
         row = await conn.row(EXPIRE, user_id=user_id, session_id=session_id) or row
+    return _detail(row)
+
+
+async def look(conn: Conn, user_id: str, session_id: str) -> Detail:
+    """As `lock`, holding and changing nothing."""
+    return _detail(await conn.row(LOOK, user_id=user_id, session_id=session_id))
+
+
+def _detail(row: Row | None) -> Detail:
     if row is None:
         raise SessionNotFound
     values = dict(row.items())
     values.pop("is_expired")
     left = values.pop("lease_left_seconds")
-    held = {column.name: values.pop(column.name) for column in _HELD[1:-1]}
+    details = {column.name: values.pop(column.name) for column in _DETAILS[1:-1]}
     lease_left_seconds = None if left is None else float(left)
-    return Locked(session=from_values(values), **held, lease_left_seconds=lease_left_seconds)
+    return Detail(session=from_values(values), **details, lease_left_seconds=lease_left_seconds)
 
 
 # ── update, end, summary ────────────────────────────────────────────────────────────────────────
@@ -224,7 +234,7 @@ async def update(database: Database, user_id: str, session_id: str, change: wire
     return await database.transact(work)
 
 
-def _changed(locked: Locked, change: wire.UpdateSession) -> dict[str, Any] | None:
+def _changed(locked: Detail, change: wire.UpdateSession) -> dict[str, Any] | None:
     """Every column's new value, or None when nothing would change."""
     session = locked.session
     names = ("title", "metadata", "conversation_data", "session_summary", "status", "idle_timeout_seconds")

@@ -73,6 +73,9 @@ class Cached:
 _from, _to = bindparam("since", type_=TIMESTAMP(timezone=True)), bindparam("until", type_=TIMESTAMP(timezone=True))
 
 
+_FIGURES: Final = ("messages", "tokens", "cost", "active_sessions")
+
+
 def _usage(bucket: Bucket, *, of_user: bool) -> Select[Any]:
     unit: ColumnElement[str] = literal_column(f"'{bucket}'")
     step: ColumnElement[Any] = literal_column(f"interval '1 {bucket}'")
@@ -93,22 +96,18 @@ def _usage(bucket: Bucket, *, of_user: bool) -> Select[Any]:
     if of_user:
         counted = counted.where(session_messages.c.user_id == bindparam("user_id"))
     per_bucket = counted.group_by(trunc).subquery()
-    starts = func.generate_series(
-        func.date_trunc(unit, func.timezone(literal_column("'UTC'"), _from)),
-        func.timezone(literal_column("'UTC'"), _to) - literal_column("interval '1 microsecond'"),
+    utc: ColumnElement[str] = literal_column("'UTC'")
+    series = func.generate_series(
+        func.date_trunc(unit, func.timezone(utc, _from)),
+        func.timezone(utc, _to) - literal_column("interval '1 microsecond'"),
         step,
-    ).column_valued("start")
-    start = func.timezone(literal_column("'UTC'"), starts).label("start")
+    )
+    buckets = select(func.timezone(utc, series).label("start")).subquery("buckets")
+    figures = [func.coalesce(per_bucket.c[name], 0).label(name) for name in _FIGURES]
     return (
-        select(
-            start,
-            *(
-                func.coalesce(per_bucket.c[name], 0).label(name)
-                for name in ("messages", "tokens", "cost", "active_sessions")
-            ),
-        )
-        .select_from(starts.outerjoin(per_bucket, per_bucket.c.start == func.timezone(literal_column("'UTC'"), starts)))
-        .order_by(start)
+        select(buckets.c.start, *figures)
+        .select_from(buckets.outerjoin(per_bucket, per_bucket.c.start == buckets.c.start))
+        .order_by(buckets.c.start)
     )
 
 

@@ -23,7 +23,7 @@ from services.session_service.rewind import supersede
 from services.session_service.schema import OPEN, session_messages
 from services.session_service.schema import session_turns as table
 from services.session_service.schema import sessions as _session
-from services.session_service.sessions import NOW, SECOND, TOUCHED, Locked
+from services.session_service.sessions import NOW, SECOND, TOUCHED, Detail
 from shared import wire
 from shared.canonical import speaker
 from shared.database import Conn, Database, Row
@@ -127,14 +127,14 @@ async def open_turn(
     return await database.transact(work)
 
 
-async def _rewind(conn: Conn, locked: Locked, to_seq: int) -> None:
+async def _rewind(conn: Conn, locked: Detail, to_seq: int) -> None:
     if to_seq > locked.last_seq:
         raise ValidationFailed.at("body", "rewind_to_seq", msg=f"The last message has seq {locked.last_seq}")
     if to_seq < locked.last_seq:
         await supersede(conn, locked, from_seq=to_seq + 1)
 
 
-async def _require_user_last(conn: Conn, locked: Locked) -> None:
+async def _require_user_last(conn: Conn, locked: Detail) -> None:
     role = await conn.value(LAST_VISIBLE_ROLE, **locked.key)
     if role is None or speaker(role) != "user":
         raise ValidationFailed.at("body", "messages", msg="May be empty only when the last message is the user's")
@@ -161,7 +161,7 @@ def from_row(row: Row) -> wire.Turn:
     return wire.Turn.model_construct(**{name: row[name] for name in wire.Turn.model_fields})
 
 
-async def _held(conn: Conn, locked: Locked, turn_id: str, lease_token: str) -> Row:
+async def _held(conn: Conn, locked: Detail, turn_id: str, lease_token: str) -> Row:
     """The turn's row; LeaseLost for a wrong token."""
     row = await conn.row(GET_WITH_LEASE, **locked.key, turn_id=turn_id)
     if row is None:
@@ -283,7 +283,7 @@ def _count(usage: dict[str, Any] | None, name: str) -> int:
     return min(value, 2**31 - 1) if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
-async def _completed(conn: Conn, locked: Locked, turn: wire.Turn) -> wire.TurnCompleted:
+async def _completed(conn: Conn, locked: Detail, turn: wire.Turn) -> wire.TurnCompleted:
     rows = []
     if turn.output_from_seq is not None:
         rows = await conn.rows(OUTPUT, **locked.key, from_seq=turn.output_from_seq, to_seq=turn.output_to_seq)
@@ -328,5 +328,5 @@ async def list_turns(conn: Conn, user_id: str, session_id: str, *, limit: int, c
     turns = [from_row(row) for row in rows[:limit]]
     last = turns[-1] if len(rows) > limit else None
     return wire.TurnList.model_construct(
-        turns=turns, next_cursor=last and cursors.encode("turns", last.opened_at, last.turn_id)
+        turns=turns, next_cursor=cursors.encode("turns", last.opened_at, last.turn_id) if last else None
     )

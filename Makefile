@@ -1,0 +1,58 @@
+# `make` or `make help` lists the targets.
+SCRIPTS := deployment/scripts
+VENV ?= .venv
+ENV ?= dev
+UV ?= uv
+
+COMPILE := $(UV) pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --quiet \
+	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup start stop restart status logs migrate test ci lint format lock
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv for development and get a consul program
+	@$(SCRIPTS)/run_tests.sh --setup-only
+
+start: ## start everything and wait until it is healthy (ENV=dev)
+	@$(SCRIPTS)/start_user_service.sh -e $(ENV) start
+
+stop: ## stop everything
+	@$(SCRIPTS)/start_user_service.sh -e $(ENV) stop
+
+restart: ## stop and start everything
+	@$(SCRIPTS)/start_user_service.sh -e $(ENV) restart
+
+status: ## show what runs
+	@$(SCRIPTS)/start_user_service.sh -e $(ENV) status
+
+logs: ## follow the logs
+	@$(SCRIPTS)/start_user_service.sh -e $(ENV) logs -f
+
+migrate: ## bring the database up to date
+	@$(SCRIPTS)/start_user_service.sh -e $(ENV) migrate
+
+test: ## run all tests
+	@$(SCRIPTS)/run_tests.sh
+
+ci: ## run everything that must pass: checks and tests
+	@.ci/run
+
+lint: setup ## check style, types and import rules
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
+	@$(VENV)/bin/python $(SCRIPTS)/lib/check_locks.py
+
+format: setup ## format the code and repair what can be repaired by itself
+	@$(VENV)/bin/ruff format .
+	@$(VENV)/bin/ruff check --fix .
+
+# The shared packages get the same versions in both files; the note that says so is left out of the second.
+lock: ## write the lock files anew from pyproject.toml (needs uv; newest versions: make lock UPGRADE=--upgrade)
+	$(COMPILE) $(UPGRADE) --extra embedded --extra dev -o requirements-dev.lock
+	$(COMPILE) --extra embedded -c requirements-dev.lock -o requirements.lock
+	@sed -i '/# *-c requirements-dev.lock$$/d' requirements.lock

@@ -1,0 +1,41 @@
+"""Tries DATABASE_URL once. Says in one line, without the password, why it cannot be used; exit code 1 then."""
+
+import asyncio
+import os
+import sys
+from urllib.parse import urlsplit
+
+import asyncpg
+
+TIMEOUT_SECONDS = 5
+
+
+async def connect(url: str) -> None:
+    connection = await asyncpg.connect(url, timeout=TIMEOUT_SECONDS)
+    await connection.close()
+
+
+def main() -> int:
+    url = os.environ["DATABASE_URL"]
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme.partition("+")[0] not in {"postgresql", "postgres"}:
+        print("DATABASE_URL is no address of the form postgresql://user:password@host:5432/database")  # noqa: T201
+        return 1
+    try:
+        asyncio.run(connect(f"postgresql://{rest}"))
+    except TimeoutError:
+        reason = f"no answer within {TIMEOUT_SECONDS} s"
+    except Exception as error:  # whatever it is, it goes into the one line
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+    else:
+        return 0
+    parts = urlsplit(f"postgresql://{rest}")
+    where = parts.netloc.rpartition("@")[2] or "the local socket"
+    if parts.password:
+        reason = reason.replace(parts.password, "***")
+    print(f"the database at {where} cannot be reached (DATABASE_URL): {reason}")  # noqa: T201
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Runs the migrations of both services on the schema that DB_SCHEMA names.
+
+Its one invariant: several processes may start it at once; one migrates, the others wait for it and find it done.
+"""
+
+import asyncio
+import sys
+from typing import Any
+
+import asyncpg
+import sqlalchemy as sa
+from alembic import context
+from alembic.util import CommandError
+from sqlalchemy import Connection
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from services.session_service.schema import metadata as session_metadata
+from shared import embedded_postgres
+from shared.settings import SharedSettings
+
+# Any number that nothing else in the database uses as a lock; this one spells "sess".
+_LOCK = 0x73657373
+_LOCK_TIMEOUT = "5s"
+
+settings = SharedSettings()
+schema = settings.db_schema
+
+
+def _include(name: str | None, kind: str, _parents: Any) -> bool:
+    """Other schemas in the database are none of ours."""
+    return name == schema if kind == "schema" else True
+
+
+def _migrate(connection: Connection) -> None:
+    connection.execute(sa.text(f'CREATE SCHEMA IF NOT EXISTS "{schema}"'))
+    # A migration that waits for a lock makes everyone queue behind it: better to fail, and be run again.
+    connection.execute(sa.text(f"SET lock_timeout = '{_LOCK_TIMEOUT}'"))
+    # Migrations name no schema, so that one set of files serves any.
+    connection.execute(sa.text(f'SET search_path TO "{schema}"'))
+    connection.commit()
+    connection.dialect.default_schema_name = schema
+    context.configure(
+        connection=connection,
+        target_metadata=[session_metadata],
+        version_table_schema=schema,
+        include_name=_include,
+        transaction_per_migration=True,
+        compare_type=True,
+        compare_server_default=True,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+async def _main() -> None:
+    url = settings.database_url.get_secret_value() or embedded_postgres.start(settings.local_state / "postgres")
+    # asyncpg reads the URL itself, as it does in the services.
+    engine = create_async_engine(
+        "postgresql+asyncpg://", async_creator=lambda: asyncpg.connect(url), poolclass=NullPool
+    )
+    try:
+        # The lock has a connection of its own: it must hold across the migrations' transactions.
+        async with engine.connect() as guard, engine.connect() as connection:
+            await guard.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+            await connection.run_sync(_migrate)
+    except (OSError, TimeoutError, asyncpg.PostgresError) as error:
+        raise CommandError(f"Postgres cannot be used: {str(error) or type(error).__name__}") from None
+    finally:
+        await engine.dispose()
+
+
+if context.is_offline_mode():
+    sys.exit("Migrations need a database; there is no SQL-only mode.")
+asyncio.run(_main())

@@ -1,0 +1,153 @@
+"""What the upstream adapters share: a request, an answer under way, and the ways in which a call fails.
+
+Its one invariant: whatever goes wrong on the way to upstream and back is one of the errors below, and
+none of them, in its text, its repr or its chain, holds an API key.
+
+    UpstreamError                 kind
+    ├── UpstreamUnreachable       connect      no connection: nothing was sent
+    ├── UpstreamTimeout           timeout      no connection, or no bytes, for too long
+    └── UpstreamProtocolError     protocol     closed early, not HTTP, a redirect
+        ├── AnswerTooLarge        too_large
+        ├── EventTooLarge         too_large    (sse.py)
+        └── MalformedEvent        malformed    (assembly.py)
+"""
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ClassVar, Protocol, Self
+
+import httpx
+
+from shared.json import dumps
+
+MESSAGES_PATH = "/v1/messages"
+COUNT_TOKENS_PATH = "/v1/messages/count_tokens"
+ANSWER_LIMIT_BYTES = 64 * 2**20
+
+
+class UpstreamError(Exception):
+    """Upstream gave no usable answer. `nothing_received` is true while no status line had come back."""
+
+    kind: ClassVar[str] = "upstream"
+
+    def __init__(self, message: str, *, nothing_received: bool = False) -> None:
+        super().__init__(message)
+        self.nothing_received = nothing_received
+
+
+class UpstreamUnreachable(UpstreamError):
+    """No connection could be made, so the request was not sent."""
+
+    kind = "connect"
+
+
+class UpstreamTimeout(UpstreamError):
+    """Connecting, the answer's head, or the next bytes took too long."""
+
+    kind = "timeout"
+
+
+class UpstreamProtocolError(UpstreamError):
+    """The connection ended early, or what came is not an answer that the protocol allows."""
+
+    kind = "protocol"
+
+
+class AnswerTooLarge(UpstreamProtocolError):
+    """The answer is longer than the relay keeps."""
+
+    kind = "too_large"
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamRequest:
+    """One call: `body` is the whole Claude request, `query` the client's raw query string.
+
+    Of `headers` the adapters send those whose name begins with `anthropic-`; nothing else of a client's
+    goes upstream, so that a caller's key can never travel by accident.
+    """
+
+    path: str
+    query: str
+    headers: Mapping[str, str]
+    body: dict[str, Any]
+
+    @property
+    def stream(self) -> bool:
+        return self.body.get("stream") is True
+
+
+class UpstreamAnswer:
+    """An answer whose status and headers are there and whose body is still coming.
+
+    Whoever opened it closes it (`async with`, or `aclose`); closing one that is still running ends the
+    connection at once, without reading the rest.
+    """
+
+    __slots__ = ("_aclose", "_chunks", "headers", "status")
+
+    def __init__(
+        self,
+        status: int,
+        headers: httpx.Headers,
+        chunks: AsyncIterator[bytes],
+        aclose: Callable[[], Awaitable[None]],
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self._chunks = chunks
+        self._aclose = aclose
+
+    def __repr__(self) -> str:
+        return f"<UpstreamAnswer {self.status}>"
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """The body's bytes as they arrive, once; raises UpstreamTimeout or UpstreamProtocolError."""
+        return self._chunks
+
+    async def read(self, limit_bytes: int = ANSWER_LIMIT_BYTES) -> bytes:
+        """The whole body; raises AnswerTooLarge beyond `limit_bytes`, and what `chunks` raises."""
+        parts: list[bytes] = []
+        size_bytes = 0
+        async for chunk in self._chunks:
+            size_bytes += len(chunk)
+            if size_bytes > limit_bytes:
+                raise AnswerTooLarge(f"the answer is longer than {limit_bytes} bytes")
+            parts.append(chunk)
+        return b"".join(parts)
+
+    async def aclose(self) -> None:
+        """Gives the connection back, or ends it when the body was not read to its end. Never raises."""
+        await self._aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class Upstream(Protocol):
+    """One account's way to a model."""
+
+    async def open(self, request: UpstreamRequest) -> UpstreamAnswer:
+        """Sends the request; returns once status and headers are there, whatever the status says.
+
+        Raises UpstreamError. Cancelling it ends the connection.
+        """
+        ...
+
+
+def encode_body(body: Any) -> bytes:
+    """The JSON that goes upstream, equal in value to what the client sent, lone surrogates included.
+
+    Raises RecursionError for bodies nested about a thousand levels deep.
+    """
+    try:
+        return dumps(body)
+    except UnicodeEncodeError:  # a lone surrogate has no UTF-8, but it has an escape
+        return json.dumps(body, separators=(",", ":")).encode("ascii")

@@ -1,0 +1,190 @@
+"""The Claude Messages protocol over HTTP: requests out, answers back byte for byte.
+
+Its one invariant: nothing of one call reaches another (no cookies, no proxy from the environment, no
+redirect followed), and the API key leaves only in the `x-api-key` header to `base_url`.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+
+import aiohttp
+import httpx
+from aiohttp.http_exceptions import HttpProcessingError
+from httpx_aiohttp import AiohttpTransport
+
+from services.relay.upstream import (
+    UpstreamAnswer,
+    UpstreamError,
+    UpstreamProtocolError,
+    UpstreamRequest,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+    encode_body,
+)
+from shared import __version__
+
+DEFAULT_VERSION = "2023-06-01"
+KEEPALIVE_SECONDS = 30.0
+
+_USER_AGENT = f"session-relay/{__version__}"
+_READ_BUFFER_BYTES = 16 * 2**10
+_BODY_SLICE_BYTES = 256 * 2**10
+
+_SPENT = httpx.Request("POST", "http://spent.invalid")
+
+# What the transport lets through besides its own mapping: the HTTP parser's errors and bare socket errors.
+_FAULTS = (httpx.HTTPError, httpx.InvalidURL, aiohttp.ClientError, HttpProcessingError, OSError)
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """`silence_seconds` bounds the wait for a stream's head and between its bytes, `plain_seconds` the same
+    for plain answers, which say nothing until they are done."""
+
+    connect_seconds: float = 10.0
+    silence_seconds: float = 120.0
+    plain_seconds: float = 600.0
+
+
+def create_client() -> httpx.AsyncClient:
+    """The HTTP client that all accounts without a proxy share. Close it with `aclose`.
+
+    No limit on connections: how many calls run at once is decided before they get here.
+    """
+    tls = httpx.create_ssl_context()
+
+    def session() -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=tls),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            read_bufsize=_READ_BUFFER_BYTES,
+        )
+
+    return httpx.AsyncClient(
+        transport=AiohttpTransport(verify=tls, client=session),
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+        headers={"user-agent": _USER_AGENT, "accept-encoding": "identity"},
+        trust_env=False,
+    )
+
+
+class AnthropicUpstream:
+    """One account at `base_url`, which ends before `/v1` and may have a path.
+
+    Raises ValueError for a base URL or key that cannot work; the key is in no message.
+    """
+
+    def __init__(
+        self, client: httpx.AsyncClient, *, base_url: str, api_key: str, timeouts: Timeouts | None = None
+    ) -> None:
+        self._client = client
+        self._base_url = _checked_base_url(base_url)
+        self._api_key = api_key.strip()
+        self._timeouts = timeouts or Timeouts()
+        if not (self._api_key and self._api_key.isascii() and self._api_key.isprintable()):
+            raise ValueError("the API key is empty or holds characters that no HTTP header may hold")
+
+    def __repr__(self) -> str:
+        return f"<AnthropicUpstream {self._base_url}>"
+
+    async def open(self, request: UpstreamRequest) -> UpstreamAnswer:
+        """Sends the request; returns once status and headers are there, whatever the status says.
+
+        A redirect is an UpstreamProtocolError. Cancelling ends the connection.
+        """
+        limits = self._timeouts
+        read_seconds = limits.silence_seconds if request.stream else limits.plain_seconds
+        failure: UpstreamError | None = None
+        try:
+            http_request = self._http_request(request, read_seconds)
+            async with asyncio.timeout(limits.connect_seconds + read_seconds):  # uploading included
+                response = await self._client.send(http_request, stream=True, follow_redirects=False)
+        except _FAULTS as fault:
+            failure = _failure(fault, nothing_received=True)
+        if failure is not None:  # raised out here, so that no chain leads to the request and its key
+            raise failure
+        response.request = _SPENT  # an answer may run for minutes: its request's body and key can go
+        if 300 <= response.status_code < 400:
+            await _close(response)
+            raise UpstreamProtocolError(f"upstream answered with a redirect ({response.status_code})")
+        return UpstreamAnswer(response.status_code, _headers(response), _chunks(response), partial(_close, response))
+
+    def _http_request(self, request: UpstreamRequest, read_seconds: float) -> httpx.Request:
+        url = self._base_url + request.path + (f"?{request.query}" if request.query else "")
+        body = encode_body(request.body)
+        headers = {"anthropic-version": DEFAULT_VERSION}
+        for name, value in request.headers.items():
+            if name.lower().startswith("anthropic-"):
+                headers[name.lower()] = value.encode("ascii", "replace").decode()
+        headers |= {
+            "x-api-key": self._api_key,
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+        }
+        connect_seconds = self._timeouts.connect_seconds
+        return self._client.build_request(
+            "POST",
+            url,
+            content=body if len(body) <= _BODY_SLICE_BYTES else _slices(body),
+            headers=headers,
+            timeout=httpx.Timeout(connect=connect_seconds, pool=connect_seconds, read=read_seconds, write=None),
+        )
+
+
+def _checked_base_url(base_url: str) -> str:
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL:
+        raise ValueError("base_url is not a URL") from None
+    if url.scheme not in {"http", "https"} or not url.host:
+        raise ValueError("base_url must begin with http:// or https:// and a host")
+    if url.userinfo or url.query or url.fragment:
+        raise ValueError("base_url must not hold a user, a query or a fragment")
+    return str(url).rstrip("/")
+
+
+async def _slices(body: bytes) -> AsyncIterator[bytes]:
+    """A large body in pieces, so that other calls go on while it is sent."""
+    view = memoryview(body)
+    for start in range(0, len(body), _BODY_SLICE_BYTES):
+        yield bytes(view[start : start + _BODY_SLICE_BYTES])
+
+
+def _headers(response: httpx.Response) -> httpx.Headers:
+    """Upstream's headers, without what no longer holds when it compressed although asked not to."""
+    headers = response.headers.copy()
+    if headers.get("content-encoding", "identity") != "identity":
+        del headers["content-encoding"]
+        headers.pop("content-length", None)
+    return headers
+
+
+async def _chunks(response: httpx.Response) -> AsyncIterator[bytes]:
+    failure: UpstreamError | None = None
+    try:
+        async for chunk in response.aiter_bytes():
+            yield chunk
+    except _FAULTS as fault:
+        failure = _failure(fault, nothing_received=False)
+    if failure is not None:
+        raise failure
+
+
+async def _close(response: httpx.Response) -> None:
+    with suppress(*_FAULTS):
+        await response.aclose()
+
+
+def _failure(fault: BaseException, *, nothing_received: bool) -> UpstreamError:
+    """The error by its cause under the transport's mapping, which calls a lost connection a timeout."""
+    cause = fault.__cause__ or fault
+    reason = type(cause).__name__
+    if isinstance(cause, TimeoutError | httpx.TimeoutException):
+        return UpstreamTimeout(f"upstream took too long ({reason})", nothing_received=nothing_received)
+    if isinstance(cause, aiohttp.ClientConnectorError | httpx.InvalidURL | aiohttp.InvalidURL):
+        return UpstreamUnreachable(f"no connection to upstream ({reason})", nothing_received=True)
+    return UpstreamProtocolError(f"upstream broke off ({reason})", nothing_received=nothing_received)

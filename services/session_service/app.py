@@ -1,0 +1,135 @@
+"""The app: its rooms put together, and what runs beside the requests."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Scope
+
+from services.session_service import retention, revision
+from services.session_service.errors import BY_CONSTRAINT
+from services.session_service.metrics import Metrics
+from services.session_service.routes import health, memories, messages, sessions, stats, turns
+from services.session_service.settings import SessionServiceSettings
+from services.session_service.state import State
+from services.session_service.stats import Cached
+from shared import __version__
+from shared.database import Database, Violation
+from shared.door import BodyRules, Door, error_answer
+from shared.errors import Internal, MethodNotAllowed, NotFound, ServiceError, Unauthorized, Unavailable
+from shared.service import Lifecycle
+
+log = structlog.get_logger(__name__)
+
+_RETRY_SECONDS = 1.0
+
+
+def create_app(settings: SessionServiceSettings, database: Database, lifecycle: Lifecycle) -> ASGIApp:
+    """The ASGI app of one session_service; it opens and closes `database`."""
+    metrics = Metrics(settings.revision)
+    state = State(settings, lifecycle, database, metrics, Cached(database, settings.stats_cache_seconds))
+    app = FastAPI(
+        title="session_service",
+        version=__version__,
+        description="The durable record of conversations: sessions, messages, turns, memories, stats.",
+        lifespan=_lifespan,
+    )
+    app.state.service = state
+    app.state.limits = settings.limits
+    for routes in (stats, sessions, messages, turns, memories):
+        app.include_router(routes.router)
+    app.include_router(health.router)
+    app.add_exception_handler(ServiceError, _on_service_error)
+    app.add_exception_handler(Violation, _on_violation)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    return Door(
+        app,
+        rules=BodyRules(settings.limits.body_bytes, settings.body_timeout_seconds),
+        duration=metrics.duration,
+        admit=_token_check(settings),
+    )
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state: State = app.state.service
+    settings = state.settings
+    beside = [
+        asyncio.create_task(_open(state)),
+        asyncio.create_task(
+            retention.keep_sweeping(
+                state.database,
+                interval_seconds=settings.sweep_interval_seconds,
+                expired_total=state.metrics.expired,
+            )
+        ),
+    ]
+    try:
+        yield
+    finally:
+        for task in beside:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        await state.database.close()
+
+
+async def _open(state: State) -> None:
+    """Makes the app ready once Postgres answers and the schema is there; until then calls get 503."""
+    while not state.is_ready:
+        try:
+            if not state.database.is_open:
+                await state.database.open()
+            found = await revision.get(state.database, state.database.schema)
+        except Unavailable:
+            log.warning("database_unreachable")
+        else:
+            if found is not None:
+                state.is_ready = True
+                log.info("ready", schema=state.database.schema, revision=found)
+                return
+            log.warning("schema_missing", schema=state.database.schema, hint="run the migrations")
+        await asyncio.sleep(_RETRY_SECONDS)
+
+
+def _token_check(settings: SessionServiceSettings) -> Callable[[Scope], None]:
+    """Refuses calls without one of the tokens, where there are any; health and metrics need none."""
+    tokens = [token.get_secret_value().encode() for token in settings.session_service_tokens]
+
+    def admit(scope: Scope) -> None:
+        if not tokens or scope["path"].startswith("/health") or scope["path"] == "/metrics":
+            return
+        sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, token = sent.partition(b" ")
+        known = [secrets.compare_digest(token.strip(), each) for each in tokens]
+        if scheme.lower() != b"bearer" or not any(known):
+            raise Unauthorized
+
+    return admit
+
+
+async def _on_service_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)  # noqa: S101 - registered for this class
+    return error_answer(error)
+
+
+async def _on_violation(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, Violation)  # noqa: S101 - registered for this class
+    known = BY_CONSTRAINT.get(error.constraint)
+    if known is None:
+        log.error("constraint_violated", constraint=error.constraint)
+        return error_answer(Internal())
+    return error_answer(known())
+
+
+async def _on_http_exception(_request: Request, error: Exception) -> Response:
+    """What the router says of unknown paths and methods, in the words of this API."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class
+    told: ServiceError = MethodNotAllowed() if error.status_code == 405 else NotFound()
+    response = error_answer(told)
+    response.headers.update(error.headers or {})
+    return response

@@ -1,0 +1,107 @@
+"""/sessions and /users/{user_id}/sessions."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+
+from services.session_service import creation, listing, sessions
+from services.session_service.routes.parameters import (
+    Cursor,
+    Db,
+    Page,
+    PageSize,
+    SessionId,
+    UserId,
+    UserIdInPath,
+    body_errors,
+    errors,
+)
+from shared import wire
+from shared.door import answer
+from shared.errors import (
+    InvalidTransition,
+    SessionArchived,
+    SessionExists,
+    SessionNotActive,
+    SessionNotFound,
+    TurnInProgress,
+)
+from shared.strict_route import StrictRoute
+
+router = APIRouter(route_class=StrictRoute, tags=["sessions"], prefix="/api/v1")
+
+ActiveOnly = Annotated[bool, Query(description="Only active sessions")]
+Status = Annotated[wire.Status | None, Query()]
+Order = Annotated[listing.Order, Query(description="Newest first by this time")]
+
+
+@router.post(
+    "/sessions",
+    response_model=wire.Session,
+    responses=body_errors(SessionExists, SessionNotActive, SessionArchived, TurnInProgress),
+)
+async def create_session(new: wire.CreateSession, db: Db) -> Response:
+    return answer(await creation.create(db, new))
+
+
+@router.get("/sessions", response_model=wire.SessionList, responses=errors())
+async def list_sessions(
+    user_id: UserId,
+    db: Db,
+    active_only: ActiveOnly = False,
+    status: Status = None,
+    order: Order = "last_activity",
+    page: Page = 1,
+    page_size: PageSize = 50,
+    cursor: Cursor = None,
+) -> Response:
+    listed = await listing.list_sessions(
+        db,
+        user_id,
+        status=status,
+        active_only=active_only,
+        order=order,
+        page=page,
+        page_size=page_size,
+        cursor=cursor,
+    )
+    return answer(listed)
+
+
+@router.get("/users/{user_id}/sessions", response_model=wire.SessionList, responses=errors())
+async def list_sessions_of_user(
+    user_id: UserIdInPath,
+    db: Db,
+    active_only: ActiveOnly = False,
+    status: Status = None,
+    order: Order = "last_activity",
+    page: Page = 1,
+    page_size: PageSize = 50,
+    cursor: Cursor = None,
+) -> Response:
+    return await list_sessions(user_id, db, active_only, status, order, page, page_size, cursor)
+
+
+@router.get("/sessions/{session_id}", response_model=wire.Session, responses=errors(SessionNotFound))
+async def get_session(session_id: SessionId, user_id: UserId, db: Db) -> Response:
+    return answer(await sessions.get(db, user_id, session_id))
+
+
+@router.put(
+    "/sessions/{session_id}",
+    response_model=wire.Session,
+    responses=body_errors(SessionNotFound, SessionArchived, InvalidTransition),
+)
+async def update_session(session_id: SessionId, user_id: UserId, change: wire.UpdateSession, db: Db) -> Response:
+    return answer(await sessions.update(db, user_id, session_id, change))
+
+
+@router.delete("/sessions/{session_id}", response_model=wire.Notice, responses=errors(SessionNotFound, SessionArchived))
+async def end_session(session_id: SessionId, user_id: UserId, db: Db) -> Response:
+    await sessions.end(db, user_id, session_id)
+    return answer({"message": "Session ended successfully"})
+
+
+@router.get("/sessions/{session_id}/summary", response_model=wire.SessionSummary, responses=errors(SessionNotFound))
+async def get_summary(session_id: SessionId, user_id: UserId, db: Db) -> Response:
+    return answer(await sessions.get_summary(db, user_id, session_id))

@@ -1,0 +1,49 @@
+"""/sessions/stats: totals and usage over time. Declared before /sessions/{session_id}, whose ids exclude `stats`."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+
+from services.session_service import stats
+from services.session_service.routes.parameters import AppState, Db, UserIdInPath, errors
+from shared import wire
+from shared.door import answer
+from shared.errors import ValidationFailed
+from shared.strict_route import StrictRoute
+
+router = APIRouter(route_class=StrictRoute, tags=["stats"], prefix="/api/v1")
+
+_DEFAULT_SPAN = {"hour": timedelta(days=1), "day": timedelta(days=30), "month": timedelta(days=365)}
+
+
+@router.get("/sessions/stats", response_model=wire.Stats, responses=errors())
+async def get_stats(_db: Db, state: AppState) -> Response:
+    """Totals of all users, at most five seconds old."""
+    return answer(await state.stats.get())
+
+
+@router.get("/users/{user_id}/stats", response_model=wire.Stats, responses=errors())
+async def get_stats_of_user(user_id: UserIdInPath, db: Db) -> Response:
+    return answer(await stats.totals(db, user_id))
+
+
+@router.get("/sessions/stats/usage", response_model=wire.Usage, responses=errors())
+async def get_usage(
+    db: Db,
+    bucket: Annotated[stats.Bucket, Query()] = "day",
+    since: Annotated[datetime | None, Query(alias="from", description="Included; RFC 3339")] = None,
+    until: Annotated[datetime | None, Query(alias="to", description="Excluded; default: now")] = None,
+    user_id: Annotated[wire.UserId | None, Query()] = None,
+) -> Response:
+    """Visible messages, tokens and cost by UTC hour, day or month; empty buckets included."""
+    until = _utc(until or datetime.now(UTC))
+    since = _utc(since) if since else until - _DEFAULT_SPAN[bucket]
+    if since >= until:
+        raise ValidationFailed.at("query", "to", msg="Not later than from")
+    return answer(await stats.usage(db, bucket, since, until, user_id))
+
+
+def _utc(moment: datetime) -> datetime:
+    """A time without an offset is UTC."""
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

@@ -1,0 +1,136 @@
+"""/sessions/{session_id}/turns and the context that a turn begins with."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+
+from services.session_service import context, sessions, turns
+from services.session_service.routes.parameters import (
+    AppState,
+    Cursor,
+    Db,
+    OtherId,
+    SessionId,
+    UserId,
+    body_errors,
+    errors,
+)
+from shared import wire
+from shared.database import Conn
+from shared.door import answer
+from shared.errors import (
+    ContextTooSmall,
+    LeaseLost,
+    MessageExists,
+    SessionArchived,
+    SessionExists,
+    SessionNotActive,
+    SessionNotFound,
+    TurnClosed,
+    TurnInProgress,
+    TurnNotFound,
+    ValidationFailed,
+)
+from shared.strict_route import StrictRoute
+
+router = APIRouter(route_class=StrictRoute, tags=["turns"], prefix="/api/v1/sessions/{session_id}")
+
+Budget = Annotated[int | None, Query(ge=1, le=2**31 - 1)]
+
+
+@router.post(
+    "/turns",
+    response_model=wire.TurnOpened,
+    responses=body_errors(
+        SessionNotFound,
+        SessionExists,
+        SessionNotActive,
+        SessionArchived,
+        TurnInProgress,
+        MessageExists,
+        ContextTooSmall,
+    ),
+)
+async def open_turn(
+    session_id: SessionId, user_id: UserId, turn: wire.OpenTurn, request: Request, db: Db, state: AppState
+) -> Response:
+    """Finds or makes the session, stores the new messages, opens the turn and rebuilds the context, at once."""
+    _check_ids(turn.create_session, user_id, session_id)
+    max_tokens = state.settings.context_max_tokens
+    opened = await state.lines.wait(
+        (user_id, session_id),
+        lambda: turns.open_turn(db, user_id, session_id, turn, default_max_tokens=max_tokens),
+        seconds=turn.wait_seconds,
+        is_gone=request.is_disconnected,
+    )
+    state.metrics.appends.inc(len(opened.messages))
+    return answer(opened)
+
+
+def _check_ids(options: wire.CreateSessionInTurn | None, user_id: str, session_id: str) -> None:
+    for name, expected in (("user_id", user_id), ("session_id", session_id)):
+        if options is not None and getattr(options, name) not in {None, expected}:
+            raise ValidationFailed.at("body", "create_session", name, msg="Differs from the URL's")
+
+
+@router.get("/turns", response_model=wire.TurnList, responses=errors(SessionNotFound))
+async def list_turns(
+    session_id: SessionId,
+    user_id: UserId,
+    db: Db,
+    limit: Annotated[int, Query(ge=1, le=100)] = 50,
+    cursor: Cursor = None,
+) -> Response:
+    return answer(await turns.list_turns(db, user_id, session_id, limit=limit, cursor=cursor))
+
+
+@router.get("/turns/{turn_id}", response_model=wire.Turn, responses=errors(SessionNotFound, TurnNotFound))
+async def get_turn(session_id: SessionId, turn_id: OtherId, user_id: UserId, db: Db) -> Response:
+    return answer(await turns.get(db, user_id, session_id, turn_id))
+
+
+@router.post(
+    "/turns/{turn_id}/renew",
+    response_model=wire.TurnRenewed,
+    responses=body_errors(SessionNotFound, TurnNotFound, TurnClosed, LeaseLost),
+)
+async def renew_turn(
+    session_id: SessionId, turn_id: OtherId, user_id: UserId, lease: wire.RenewTurn, db: Db
+) -> Response:
+    return answer(await turns.renew(db, user_id, session_id, turn_id, lease.lease_token))
+
+
+@router.post(
+    "/turns/{turn_id}/complete",
+    response_model=wire.TurnCompleted,
+    responses=body_errors(SessionNotFound, TurnNotFound, TurnClosed, LeaseLost, MessageExists),
+)
+async def complete_turn(
+    session_id: SessionId, turn_id: OtherId, user_id: UserId, result: wire.CompleteTurn, db: Db, state: AppState
+) -> Response:
+    completed = await turns.complete(db, user_id, session_id, turn_id, result)
+    state.lines.wake((user_id, session_id))
+    state.metrics.appends.inc(len(completed.messages))
+    return answer(completed)
+
+
+@router.get("/context", response_model=wire.Context, responses=errors(SessionNotFound, ContextTooSmall))
+async def get_context(
+    session_id: SessionId,
+    user_id: UserId,
+    db: Db,
+    state: AppState,
+    max_tokens: Budget = None,
+    max_messages: Budget = None,
+    memories: Annotated[bool, Query()] = False,
+    format: Annotated[wire.ContextFormat, Query()] = "claude",  # noqa: A002 - the parameter's name
+) -> Response:
+    """What a model should see of this session; reading it changes nothing."""
+    budget = context.Budget(max_tokens or state.settings.context_max_tokens, max_messages, memories, format)
+
+    async def work(conn: Conn) -> wire.Context:
+        held = await sessions.look(conn, user_id, session_id)
+        built, _ = await context.build(conn, held, budget, moves=False)
+        return built
+
+    return answer(await db.transact(work))

@@ -1,0 +1,29 @@
+"""What the routes of one app share."""
+
+from dataclasses import dataclass, field
+
+from services.session_service.metrics import Metrics
+from services.session_service.settings import SessionServiceSettings
+from services.session_service.stats import Cached
+from services.session_service.waiting import Lines
+from shared.database import Database
+from shared.errors import NotInitialized
+from shared.service import Lifecycle
+
+
+@dataclass(slots=True)
+class State:
+    """`is_ready` once the database was reached and its schema found."""
+
+    settings: SessionServiceSettings
+    lifecycle: Lifecycle
+    database: Database
+    metrics: Metrics
+    stats: Cached
+    lines: Lines = field(default_factory=Lines)
+    is_ready: bool = False
+
+    def require_ready(self) -> Database:
+        if not self.is_ready:
+            raise NotInitialized(retry_after_seconds=1)
+        return self.database

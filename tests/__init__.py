@@ -1,0 +1,1 @@
+"""Tests, and the real systems around them."""

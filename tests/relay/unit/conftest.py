@@ -1,0 +1,27 @@
+"""The real test upstream, one process for all unit tests of the relay."""
+
+from collections.abc import AsyncIterator, Iterator
+
+import httpx
+import pytest
+
+from services.relay.upstream.anthropic import create_client
+from tests.upstream.client import TestUpstream
+
+
+@pytest.fixture(scope="session")
+def upstream_process() -> Iterator[TestUpstream]:
+    with TestUpstream.started() as upstream:
+        yield upstream
+
+
+@pytest.fixture
+def upstream(upstream_process: TestUpstream) -> TestUpstream:
+    upstream_process.reset()
+    return upstream_process
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[httpx.AsyncClient]:
+    async with create_client() as client:
+        yield client
