@@ -46,6 +46,7 @@ def create_app(settings: SessionServiceSettings, database: Database, lifecycle: 
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(Violation, _on_violation)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_fault)
     return Door(
         app,
         rules=BodyRules(settings.limits.body_bytes, settings.body_timeout_seconds),
@@ -133,3 +134,8 @@ async def _on_http_exception(_request: Request, error: Exception) -> Response:
     response = error_answer(told)
     response.headers.update(error.headers or {})
     return response
+
+
+async def _on_fault(_request: Request, _error: Exception) -> Response:
+    """Any fault of ours; the door logs it."""
+    return error_answer(Internal())

@@ -23,6 +23,7 @@ from shared import wire
 from shared.canonical import message_hash
 from shared.database import Conn, Database, Row, Violation
 from shared.errors import MessageExists, MessageNotFound, TurnInProgress
+from shared.json import dump_text
 
 COLUMNS: tuple[ColumnElement[Any], ...] = (
     table.c.message_id,
@@ -44,14 +45,15 @@ mine: ColumnElement[bool] = and_(table.c.user_id == bindparam("user_id"), table.
 
 # ── append ──────────────────────────────────────────────────────────────────────────────────────
 
+# JSON goes in as text: in an array of JSON values, asyncpg takes a list for another dimension of the array.
 _ARRAYS: dict[str, sa.types.TypeEngine[Any]] = {
     "message_id": sa.Text(),
     "role": sa.Text(),
     "message_type": sa.Text(),
     "content": sa.Text(),
-    "content_blocks": JSON(),
-    "native": JSON(),
-    "metadata": JSONB(),
+    "content_blocks": sa.Text(),
+    "native": sa.Text(),
+    "metadata": sa.Text(),
     "tokens_used": sa.Integer(),
     "cost_usd": sa.Numeric(),
     "context_tokens": sa.Integer(),
@@ -59,6 +61,7 @@ _ARRAYS: dict[str, sa.types.TypeEngine[Any]] = {
     "begins_window": sa.Boolean(),
     "canonical_hash": sa.LargeBinary(),
 }
+_JSON: dict[str, sa.types.TypeEngine[Any]] = {"content_blocks": JSON(), "native": JSON(), "metadata": JSONB()}
 _new = (
     func.unnest(*(bindparam(f"{name}_array", type_=ARRAY(kind)) for name, kind in _ARRAYS.items()))
     .table_valued(*_ARRAYS, with_ordinality="place", name="new")
@@ -91,7 +94,7 @@ APPEND = (
             bindparam("turn_id", type_=sa.Text),
             _advanced.c.last_activity,
             _advanced.c.last_seq - _count + _new.c.place,
-            *(_new.c[name] for name in _ARRAYS),
+            *(_new.c[name].cast(_JSON[name]) if name in _JSON else _new.c[name] for name in _ARRAYS),
         ).select_from(_advanced.join(_new, sa.true())),
     )
     .returning(table.c.seq, table.c.created_at)
@@ -133,6 +136,10 @@ class Draft:
                 )
             case _:
                 return getattr(self, name)
+
+    def parameter(self, name: str) -> Any:
+        value = self.column(name)
+        return dump_text(value) if name in _JSON and value is not None else value
 
     def stored(self, user_id: str, session_id: str, seq: int, created_at: datetime) -> wire.Message:
         own = {name: self.column(name) for name in wire.Message.model_fields if name in _ARRAYS}
@@ -193,7 +200,7 @@ async def append_drafts(
         count=len(drafts),
         tokens=sum(each.tokens_used for each in drafts),
         cost=sum((each.cost_usd for each in drafts), Decimal(0)),
-        **{f"{name}_array": [each.column(name) for each in drafts] for name in _ARRAYS},
+        **{f"{name}_array": [each.parameter(name) for each in drafts] for name in _ARRAYS},
     )
     if not rows:
         return None
