@@ -5,7 +5,6 @@ Its one invariant: several processes may start it at once; one migrates, the oth
 
 import asyncio
 import sys
-from typing import Any
 
 import asyncpg
 import sqlalchemy as sa
@@ -27,11 +26,6 @@ settings = SharedSettings()
 schema = settings.db_schema
 
 
-def _include(name: str | None, kind: str, _parents: Any) -> bool:
-    """Other schemas in the database are none of ours."""
-    return name == schema if kind == "schema" else True
-
-
 def _migrate(connection: Connection) -> None:
     connection.execute(sa.text(f'CREATE SCHEMA IF NOT EXISTS "{schema}"'))
     # A migration that waits for a lock makes everyone queue behind it: better to fail, and be run again.
@@ -44,7 +38,6 @@ def _migrate(connection: Connection) -> None:
         connection=connection,
         target_metadata=[session_metadata],
         version_table_schema=schema,
-        include_name=_include,
         transaction_per_migration=True,
         compare_type=True,
         compare_server_default=True,
