@@ -37,7 +37,6 @@ def _migrate(connection: Connection) -> None:
     context.configure(
         connection=connection,
         target_metadata=[session_metadata],
-        version_table_schema=schema,
         transaction_per_migration=True,
         compare_type=True,
         compare_server_default=True,

@@ -109,6 +109,14 @@ def _translated(error: Exception) -> Exception:
     return error
 
 
+class Writer(Protocol):
+    """Where a noun's writes go: to the database itself, or to it together with a record of the answer."""
+
+    async def write(self, work: Callable[[Conn], Awaitable[T]]) -> T: ...
+
+    async def transact(self, work: Callable[[Conn], Awaitable[T]]) -> T: ...
+
+
 class _Connection(asyncpg.Connection):
     """Sessions of the server carry no state of ours, so there is nothing to reset (and no round trip for it)."""
 
@@ -200,6 +208,10 @@ class Database(Conn):
                 return await connection.fetch(query, *args)
         except Exception as error:
             raise _translated(error) from error
+
+    async def write(self, work: Callable[[Conn], Awaitable[T]]) -> T:
+        """Runs `work`, whose one statement is a transaction by itself."""
+        return await work(self)
 
     async def transact(self, work: Callable[[Conn], Awaitable[T]]) -> T:
         """Runs `work` in one transaction and gives its value after the commit; raising rolls back.

@@ -18,9 +18,12 @@
     │   ├── MessageExists               message_exists
     │   ├── TurnInProgress              turn_in_progress   (turn_id, Retry-After)
     │   ├── TurnClosed                  turn_closed
-    │   └── LeaseLost                   lease_lost
+    │   ├── LeaseLost                   lease_lost
+    │   └── IdempotencyInProgress       idempotency_in_progress  (Retry-After)
+    ├── VersionMismatch 412             version_mismatch   (version)
     ├── BodyTooLarge 413                body_too_large
     ├── ContextTooSmall 422             context_too_small  (over_by_tokens)
+    ├── IdempotencyKeyReused 422        idempotency_key_reused
     ├── Internal 500                    internal_error
     └── Unavailable 503                 unavailable        (Retry-After)
         ├── NotInitialized              not_initialized
@@ -167,6 +170,17 @@ class LeaseLost(Conflict):
     default_detail = "This lease no longer holds the turn"
 
 
+class IdempotencyInProgress(Conflict):
+    code = "idempotency_in_progress"
+    default_detail = "The first request with this Idempotency-Key is still running"
+
+
+class VersionMismatch(ServiceError):
+    status = 412
+    code = "version_mismatch"
+    default_detail = "The session's version is not the one that If-Match names"
+
+
 class BodyTooLarge(ServiceError):
     status = 413
     code = "body_too_large"
@@ -177,6 +191,12 @@ class ContextTooSmall(ServiceError):
     status = 422
     code = "context_too_small"
     default_detail = "The newest user message alone exceeds the context budget"
+
+
+class IdempotencyKeyReused(ServiceError):
+    status = 422
+    code = "idempotency_key_reused"
+    default_detail = "This Idempotency-Key came before with another body"
 
 
 class Internal(ServiceError):

@@ -3,8 +3,8 @@
 Its one invariant: a body is refused or it is exactly what the route gets; nothing is coerced.
 """
 
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, get_args
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -43,24 +43,42 @@ class StrictRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
-        model = self.body_field and self.body_field.field_info.annotation
+        field = self.body_field
+        model = field and field.field_info.annotation
 
         async def strict(request: Request) -> Response:
             try:
-                if isinstance(model, type) and issubclass(model, BaseModel):
-                    request = _ParsedRequest(request, await _read(request, model))
-                return await handle(request)
+                raw = await request.body() if field else b""
+                if field is None or not (raw or field.field_info.is_required()):
+                    return await self.pass_on(request, None, handle)
+                value = _parsed(raw)
+                checked = _checked(model, value, request.app.state.limits)
+                return await self.pass_on(_ParsedRequest(request, checked), value, handle)
             except RequestValidationError as error:
                 raise validation_failed(error.errors()) from None
 
         return strict
 
+    async def pass_on(self, request: Request, value: Any, handle: Callable[[Request], Awaitable[Response]]) -> Response:
+        """What stands between a checked body and the route; `value` is the body as it came."""
+        return await handle(request)
 
-async def _read(request: Request, model: type[BaseModel]) -> BaseModel:
-    value = json.parse(await request.body())
+
+def _parsed(raw: bytes) -> dict[str, Any]:
+    value = json.parse(raw)
     if not isinstance(value, dict):
         raise ValidationFailed.at("body", msg="The body is a JSON object", type="dict_type")
+    return value
+
+
+def _checked(annotation: Any, value: dict[str, Any], limits: object) -> BaseModel:
+    model = next(each for each in (annotation, *get_args(annotation)) if _is_model(each))
     try:
-        return model.model_validate(value, context=request.app.state.limits)
+        checked: BaseModel = model.model_validate(value, context=limits)
     except ValidationError as error:
         raise validation_failed(error.errors(include_url=False, include_input=False), ("body",)) from None
+    return checked
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -22,13 +22,14 @@ from services.session_service.sessions import (
     SECOND,
     TOUCHED,
     Detail,
+    IfVersion,
     from_row,
     get,
     lock,
     mine,
 )
 from shared import wire
-from shared.database import Conn, Database
+from shared.database import Conn, Writer
 from shared.errors import SessionArchived, SessionExists, SessionNotActive, SessionNotFound
 
 _title = bindparam("title", type_=sa.Text)
@@ -89,31 +90,40 @@ def _values(options: wire.SessionOptions) -> dict[str, Any]:
     }
 
 
-async def create(database: Database, new: wire.CreateSession) -> wire.Session:
+async def create(writer: Writer, new: wire.CreateSession) -> wire.Session:
     """The session made, or the one found where `if_exists` says so; else SessionExists."""
     session_id = new.session_id or str(uuid7())
-    row = await database.row(CREATE, user_id=new.user_id, session_id=session_id, **_values(new))
-    if row is not None:
-        return from_row(row)
-    if new.if_exists == "return":
-        return await get(database, new.user_id, session_id)
-    if new.if_exists in {"restart", "resume"}:
+    revives = new.if_exists in {"restart", "resume"}
 
-        async def work(conn: Conn) -> wire.Session:
-            locked = await lock(conn, new.user_id, session_id)
-            return locked.session if locked.session.is_active else await revive(conn, locked, new)
+    async def work(conn: Conn) -> wire.Session:
+        row = await conn.row(CREATE, user_id=new.user_id, session_id=session_id, **_values(new))
+        if row is not None:
+            return from_row(row)
+        if new.if_exists == "return":
+            return await get(conn, new.user_id, session_id)
+        if not revives:
+            raise SessionExists
+        locked = await lock(conn, new.user_id, session_id)
+        return locked.session if locked.session.is_active else await revive(conn, locked, new)
 
-        return await database.transact(work)
-    raise SessionExists
+    return await (writer.transact(work) if revives else writer.write(work))
 
 
-async def find_or_create(conn: Conn, user_id: str, session_id: str, options: wire.SessionOptions | None) -> Detail:
+async def find_or_create(
+    conn: Conn,
+    user_id: str,
+    session_id: str,
+    options: wire.SessionOptions | None,
+    if_match: IfVersion | None = None,
+) -> Detail:
     """The session, locked and active; made or brought back as `options` say (None: it must be there)."""
     try:
-        locked = await lock(conn, user_id, session_id)
+        locked = await lock(conn, user_id, session_id, if_match)
     except SessionNotFound:
         if options is None:
             raise
+        if if_match is not None:
+            if_match.require(None)
         made = await conn.row(CREATE, user_id=user_id, session_id=session_id, **_values(options))
         locked = await lock(conn, user_id, session_id)
         if made is not None:

@@ -16,7 +16,7 @@ from services.session_service.schema import session_memories as table
 from services.session_service.schema import sessions as _session
 from services.session_service.sessions import NOW
 from shared import wire
-from shared.database import Conn, Database, Row
+from shared.database import Conn, Database, Row, Writer
 from shared.errors import MemoryNotFound, SessionArchived
 
 COLUMNS: tuple[ColumnElement[Any], ...] = (
@@ -92,19 +92,24 @@ async def _why_not(conn: Conn, user_id: str, session_id: str) -> Exception:
     return SessionArchived() if session.status == "archived" else MemoryNotFound()
 
 
-async def create(database: Database, user_id: str, session_id: str, new: wire.NewMemory) -> wire.Memory:
-    row = await database.row(
-        CREATE,
-        user_id=user_id,
-        session_id=session_id,
-        memory_id=str(uuid7()),
-        memory_type=new.memory_type,
-        content=new.content,
-        metadata=new.metadata or {},
-    )
-    if row is None:
-        raise await _why_not(database, user_id, session_id)
-    return from_row(row)
+async def create(writer: Writer, user_id: str, session_id: str, new: wire.NewMemory) -> wire.Memory:
+    """The memory made. Raises SessionNotFound, SessionArchived."""
+
+    async def work(conn: Conn) -> wire.Memory:
+        row = await conn.row(
+            CREATE,
+            user_id=user_id,
+            session_id=session_id,
+            memory_id=str(uuid7()),
+            memory_type=new.memory_type,
+            content=new.content,
+            metadata=new.metadata or {},
+        )
+        if row is None:
+            raise await _why_not(conn, user_id, session_id)
+        return from_row(row)
+
+    return await writer.write(work)
 
 
 async def get_newest(conn: Conn, user_id: str, session_id: str) -> wire.Memory:

@@ -21,7 +21,7 @@ from services.session_service.schema import sessions as _session
 from services.session_service.sessions import TOUCHED, active, lease_is_over
 from shared import wire
 from shared.canonical import message_hash
-from shared.database import Conn, Database, Row, Violation
+from shared.database import Conn, Database, Row, Violation, Writer
 from shared.errors import MessageExists, MessageNotFound, TurnInProgress
 from shared.json import dump_text
 
@@ -209,25 +209,37 @@ async def append_drafts(
     return [each.stored(user_id, session_id, first_seq + place, created_at) for place, each in enumerate(drafts)]
 
 
-async def append(database: Database, user_id: str, session_id: str, message: wire.NewMessage) -> wire.Message:
+async def append(
+    writer: Writer, database: Database, user_id: str, session_id: str, message: wire.NewMessage
+) -> wire.Message:
     """The message stored. One that was stored before under its message_id is given again.
 
     Raises SessionNotFound, SessionNotActive, TurnInProgress, or MessageExists for another body.
     """
     drafted = draft(message)
+
+    async def work(conn: Conn) -> wire.Message:
+        stored = await append_drafts(conn, user_id, session_id, [drafted])
+        if stored is None:
+            raise _NotAppended
+        return stored[0]
+
     try:
-        stored = await append_drafts(database, user_id, session_id, [drafted])
+        return await writer.write(work)
+    except _NotAppended:
+        pass
     except Violation as violation:
         if violation.constraint != "session_messages_message_id_key":
             raise
-        stored = None
-    if stored is not None:
-        return stored[0]
     if message.message_id is not None:
         earlier = await database.row(GET, user_id=user_id, message_id=message.message_id)
         if earlier is not None:
             return _same(from_row(earlier), session_id, drafted)
     raise await _why_not(database, user_id, session_id)
+
+
+class _NotAppended(Exception):
+    """The session could not take the message."""
 
 
 def _same(earlier: wire.Message, session_id: str, drafted: Draft) -> wire.Message:

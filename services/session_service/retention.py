@@ -11,6 +11,7 @@ import structlog
 from prometheus_client import Counter
 from sqlalchemy import and_, func, literal_column, select, tuple_
 
+from services.session_service import idempotency
 from services.session_service.schema import OPEN, session_turns
 from services.session_service.schema import sessions as table
 from services.session_service.sessions import BY_EXPIRY, ENDED, NOW, expired
@@ -84,6 +85,7 @@ async def keep_sweeping(database: Database, *, interval_seconds: float, expired_
         await asyncio.sleep(interval_seconds)
         try:
             ended, turns = await sweep(database)
+            await idempotency.forget(database)
         except Unavailable:
             log.warning("sweep_failed", reason="database_unavailable")
             continue

@@ -222,3 +222,17 @@ session_memories = Table(
     Index("session_memories_by_session_idx", "user_id", "session_id", "created_at", "memory_id"),
     Index("session_memories_by_user_idx", "user_id", "created_at", "memory_id"),
 )
+
+# Answers of requests with an Idempotency-Key; a row commits with the write that it answers for.
+idempotency_records = Table(
+    "idempotency_records",
+    metadata,
+    _id("user_id"),
+    _id("scope"),
+    _id("idempotency_key"),
+    Column("body_hash", LargeBinary, nullable=False),
+    Column("answer", Text),
+    _time("created_at"),
+    PrimaryKeyConstraint("user_id", "scope", "idempotency_key", name="idempotency_records_pkey"),
+    Index("idempotency_records_created_at_idx", "created_at"),
+)

@@ -24,6 +24,7 @@ from shared.errors import (
     SessionNotFound,
     TurnInProgress,
     ValidationFailed,
+    VersionMismatch,
 )
 
 ENDED: ColumnElement[str] = literal_column("'ended'")
@@ -123,6 +124,18 @@ def from_row(row: Row | None) -> wire.Session:
 
 
 @dataclass(frozen=True, slots=True)
+class IfVersion:
+    """What If-Match names: a version, or None for any."""
+
+    version: int | None
+
+    def require(self, session: wire.Session | None) -> None:
+        """Raises VersionMismatch unless there is a session, and of this version where one is named."""
+        if session is None or self.version not in {None, session.version}:
+            raise VersionMismatch(version=session.version if session else None)
+
+
+@dataclass(frozen=True, slots=True)
 class Detail:
     """A session with what the writers and readers of its parts need to know."""
 
@@ -157,12 +170,18 @@ async def get(conn: Conn, user_id: str, session_id: str) -> wire.Session:
     return from_row(await conn.row(GET, user_id=user_id, session_id=session_id))
 
 
-async def lock(conn: Conn, user_id: str, session_id: str) -> Detail:
-    """The session, held against every other writer until the transaction ends; an expiry due is carried out."""
+async def lock(conn: Conn, user_id: str, session_id: str, if_match: IfVersion | None = None) -> Detail:
+    """The session, held against every other writer until the transaction ends; an expiry due is carried out.
+
+    Raises SessionNotFound, or VersionMismatch by `if_match`.
+    """
     row = await conn.row(LOCK, user_id=user_id, session_id=session_id)
     if row is not None and row["is_expired"]:
         row = await conn.row(EXPIRE, user_id=user_id, session_id=session_id) or row
-    return _detail(row)
+    detail = _detail(row)
+    if if_match is not None:
+        if_match.require(detail.session)
+    return detail
 
 
 async def look(conn: Conn, user_id: str, session_id: str) -> Detail:
@@ -203,29 +222,24 @@ UPDATE = (
 )
 
 END = (
-    sa.update(table)
-    .where(mine, table.c.status.in_([ACTIVE, literal_column("'completed'")]))
-    .values(
-        status=ENDED,
-        ended_reason=case((expired, BY_EXPIRY), else_=BY_USER),
-        updated_at=NOW,
-        version=table.c.version + 1,
-    )
-    .returning(table.c.session_id)
+    sa.update(table).where(mine).values(status=ENDED, ended_reason=BY_USER, updated_at=NOW, version=table.c.version + 1)
 )
 
 _memories_of = and_(session_memories.c.user_id == table.c.user_id, session_memories.c.session_id == table.c.session_id)
 GET_SUMMARY = select(*COLUMNS, exists().where(_memories_of).label("has_memory")).where(mine)
 
 
-async def update(database: Database, user_id: str, session_id: str, change: wire.UpdateSession) -> wire.Session:
+async def update(
+    database: Database, user_id: str, session_id: str, change: wire.UpdateSession, if_match: IfVersion | None = None
+) -> wire.Session:
     """The session with what `change` names replaced; the same session where that changes nothing.
 
-    Raises SessionArchived, InvalidTransition, or ValidationFailed for a summary beyond the last message.
+    Raises VersionMismatch, SessionArchived, InvalidTransition, or ValidationFailed for a summary beyond the last
+    message.
     """
 
     async def work(conn: Conn) -> wire.Session:
-        locked = await lock(conn, user_id, session_id)
+        locked = await lock(conn, user_id, session_id, if_match)
         new = _changed(locked, change)
         if new is None:
             return locked.session
@@ -258,12 +272,20 @@ def _changed(locked: Detail, change: wire.UpdateSession) -> dict[str, Any] | Non
     return new
 
 
-async def end(database: Database, user_id: str, session_id: str) -> None:
-    """Ends an active or completed session; an ended one stays as it is; SessionArchived for an archived one."""
-    if await database.row(END, user_id=user_id, session_id=session_id) is None:
-        session = await get(database, user_id, session_id)
+async def end(database: Database, user_id: str, session_id: str, if_match: IfVersion | None = None) -> None:
+    """Ends an active or completed session; an ended one stays as it is.
+
+    Raises VersionMismatch, or SessionArchived for an archived one.
+    """
+
+    async def work(conn: Conn) -> None:
+        session = (await lock(conn, user_id, session_id, if_match)).session
         if session.status == "archived":
             raise SessionArchived
+        if session.status != "ended":
+            await conn.rows(END, user_id=user_id, session_id=session_id)
+
+    await database.transact(work)
 
 
 async def get_summary(conn: Conn, user_id: str, session_id: str) -> wire.SessionSummary:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from services.session_service.idempotency import Running
 from services.session_service.metrics import Metrics
 from services.session_service.settings import SessionServiceSettings
 from services.session_service.stats import Cached
@@ -21,6 +22,7 @@ class State:
     metrics: Metrics
     stats: Cached
     lines: Lines = field(default_factory=Lines)
+    running: Running = field(default_factory=Running)
     is_ready: bool = False
 
     def require_ready(self) -> Database:

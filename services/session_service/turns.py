@@ -23,10 +23,10 @@ from services.session_service.rewind import supersede
 from services.session_service.schema import OPEN, session_messages
 from services.session_service.schema import session_turns as table
 from services.session_service.schema import sessions as _session
-from services.session_service.sessions import NOW, SECOND, TOUCHED, Detail
+from services.session_service.sessions import NOW, SECOND, TOUCHED, Detail, IfVersion
 from shared import wire
 from shared.canonical import speaker
-from shared.database import Conn, Database, Row
+from shared.database import Conn, Database, Row, Writer
 from shared.errors import LeaseLost, TurnClosed, TurnNotFound, ValidationFailed
 from shared.json import dumps
 
@@ -74,7 +74,13 @@ LAST_VISIBLE_ROLE = (
 
 
 async def open_turn(
-    database: Database, user_id: str, session_id: str, request: wire.OpenTurn, *, default_max_tokens: int
+    writer: Writer,
+    user_id: str,
+    session_id: str,
+    request: wire.OpenTurn,
+    *,
+    default_max_tokens: int,
+    if_match: IfVersion | None = None,
 ) -> wire.TurnOpened:
     """Finds or makes the session, takes back what the request rewinds, stores its messages, opens the turn.
 
@@ -84,7 +90,7 @@ async def open_turn(
     budget = context.Budget.of(request.context, default_max_tokens)
 
     async def work(conn: Conn) -> wire.TurnOpened:
-        locked = await find_or_create(conn, user_id, session_id, request.create_session)
+        locked = await find_or_create(conn, user_id, session_id, request.create_session, if_match)
         await close_overdue(conn, locked)
         if request.rewind_to_seq is not None:
             await _rewind(conn, locked, request.rewind_to_seq)
@@ -124,7 +130,7 @@ async def open_turn(
             context=built,
         )
 
-    return await database.transact(work)
+    return await writer.transact(work)
 
 
 async def _rewind(conn: Conn, locked: Detail, to_seq: int) -> None:

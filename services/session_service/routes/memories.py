@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from services.session_service import memories
+from services.session_service.routes.creating import CreatingRoute, Writes, creating_errors
 from services.session_service.routes.parameters import (
     Cursor,
     Db,
@@ -18,9 +19,8 @@ from services.session_service.routes.parameters import (
 from shared import wire
 from shared.door import answer
 from shared.errors import MemoryNotFound, SessionArchived, SessionNotFound
-from shared.strict_route import StrictRoute
 
-router = APIRouter(route_class=StrictRoute, tags=["memories"], prefix="/api/v1")
+router = APIRouter(route_class=CreatingRoute, tags=["memories"], prefix="/api/v1")
 
 Type = Annotated[wire.MemoryType | None, Query()]
 Text = Annotated[wire.QueryText | None, Query(max_length=256, description="Contained in the content, in any case")]
@@ -30,10 +30,10 @@ Limit = Annotated[int, Query(ge=1, le=200)]
 @router.post(
     "/sessions/{session_id}/memory",
     response_model=wire.Memory,
-    responses=body_errors(SessionNotFound, SessionArchived),
+    responses=creating_errors(SessionNotFound, SessionArchived),
 )
-async def create_memory(session_id: SessionId, user_id: UserId, new: wire.NewMemory, db: Db) -> Response:
-    return answer(await memories.create(db, user_id, session_id, new))
+async def create_memory(session_id: SessionId, user_id: UserId, new: wire.NewMemory, writer: Writes) -> Response:
+    return answer(await memories.create(writer, user_id, session_id, new))
 
 
 @router.get(

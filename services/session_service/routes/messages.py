@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from services.session_service import align, history, messages
+from services.session_service.routes.creating import CreatingRoute, Writes, creating_errors
 from services.session_service.routes.parameters import (
     AppState,
     Db,
@@ -26,9 +27,8 @@ from shared.errors import (
     TurnInProgress,
     ValidationFailed,
 )
-from shared.strict_route import StrictRoute
 
-router = APIRouter(route_class=StrictRoute, tags=["messages"], prefix="/api/v1/sessions/{session_id}")
+router = APIRouter(route_class=CreatingRoute, tags=["messages"], prefix="/api/v1/sessions/{session_id}")
 
 Seq = Annotated[int | None, Query(ge=0, le=2**31 - 1)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
@@ -37,12 +37,12 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 @router.post(
     "/messages",
     response_model=wire.Message,
-    responses=body_errors(SessionNotFound, SessionNotActive, TurnInProgress, MessageExists),
+    responses=creating_errors(SessionNotFound, SessionNotActive, TurnInProgress, MessageExists),
 )
 async def append_message(
-    session_id: SessionId, user_id: UserId, message: wire.NewMessage, db: Db, state: AppState
+    session_id: SessionId, user_id: UserId, message: wire.NewMessage, writer: Writes, db: Db, state: AppState
 ) -> Response:
-    stored = await messages.append(db, user_id, session_id, message)
+    stored = await messages.append(writer, db, user_id, session_id, message)
     state.metrics.appends.inc()
     return answer(stored)
 

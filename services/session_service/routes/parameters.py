@@ -1,15 +1,20 @@
 """What the routes take: ids, pages, and the state of the app; and how they tell of their errors."""
 
-from typing import Annotated, Any
+import re
+from typing import Annotated, Any, Final
 
-from fastapi import Depends, Path, Query, Request
+from fastapi import Depends, Header, Path, Query, Request, Response
 
+from services.session_service.sessions import IfVersion
 from services.session_service.state import State
 from shared import wire
 from shared.database import Database
+from shared.door import answer
 from shared.errors import (
     BodyTooLarge,
     DatabaseUnavailable,
+    IdempotencyInProgress,
+    IdempotencyKeyReused,
     RequestTimeout,
     ServiceError,
     Unauthorized,
@@ -30,6 +35,8 @@ async def _database(request: Request) -> Database:
 AppState = Annotated[State, Depends(_state)]
 Db = Annotated[Database, Depends(_database)]
 
+_VERSION: Final = re.compile(r'"?([0-9]{1,18})"?')
+
 UserId = Annotated[wire.UserId, Query(description="The user whose session it is")]
 UserIdInPath = Annotated[wire.UserId, Path()]
 SessionId = Annotated[wire.SessionId, Path()]
@@ -40,6 +47,30 @@ Page = Annotated[int, Query(ge=1, le=10**9)]
 PageSize = Annotated[int, Query(ge=1, le=100)]
 MessagePageSize = Annotated[int, Query(ge=1, le=1000)]
 Cursor = Annotated[str | None, Query(max_length=2048, description="next_cursor of the page before")]
+
+
+IDEMPOTENCY_ERRORS = (IdempotencyInProgress, IdempotencyKeyReused)
+
+
+async def _if_match(
+    if_match: Annotated[str | None, Header(alias="If-Match", description='A version as in ETag, or "*"')] = None,
+) -> IfVersion | None:
+    if if_match is None:
+        return None
+    if if_match.strip() == "*":
+        return IfVersion(None)
+    found = _VERSION.fullmatch(if_match.strip())
+    if found is None:
+        raise ValidationFailed.at("header", "if-match", msg='A version in quotes, or "*"')
+    return IfVersion(int(found[1]))
+
+
+IfMatch = Annotated[IfVersion | None, Depends(_if_match)]
+
+
+def session_answer(session: wire.Session) -> Response:
+    """A session, with its version as the ETag."""
+    return answer(session, headers={"etag": f'"{session.version}"'})
 
 
 def errors(*expected: type[ServiceError]) -> dict[int | str, dict[str, Any]]:

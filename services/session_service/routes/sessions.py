@@ -5,9 +5,11 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from services.session_service import creation, listing, sessions
+from services.session_service.routes.creating import CreatingRoute, Writes, creating_errors
 from services.session_service.routes.parameters import (
     Cursor,
     Db,
+    IfMatch,
     Page,
     PageSize,
     SessionId,
@@ -15,6 +17,7 @@ from services.session_service.routes.parameters import (
     UserIdInPath,
     body_errors,
     errors,
+    session_answer,
 )
 from shared import wire
 from shared.door import answer
@@ -25,10 +28,10 @@ from shared.errors import (
     SessionNotActive,
     SessionNotFound,
     TurnInProgress,
+    VersionMismatch,
 )
-from shared.strict_route import StrictRoute
 
-router = APIRouter(route_class=StrictRoute, tags=["sessions"], prefix="/api/v1")
+router = APIRouter(route_class=CreatingRoute, tags=["sessions"], prefix="/api/v1")
 
 ActiveOnly = Annotated[bool, Query(description="Only active sessions")]
 Status = Annotated[wire.Status | None, Query()]
@@ -38,10 +41,10 @@ Order = Annotated[listing.Order, Query(description="Newest first by this time")]
 @router.post(
     "/sessions",
     response_model=wire.Session,
-    responses=body_errors(SessionExists, SessionNotActive, SessionArchived, TurnInProgress),
+    responses=creating_errors(SessionExists, SessionNotActive, SessionArchived, TurnInProgress),
 )
-async def create_session(new: wire.CreateSession, db: Db) -> Response:
-    return answer(await creation.create(db, new))
+async def create_session(new: wire.CreateSession, writer: Writes) -> Response:
+    return session_answer(await creation.create(writer, new))
 
 
 @router.get("/sessions", response_model=wire.SessionList, responses=errors())
@@ -84,21 +87,23 @@ async def list_sessions_of_user(
 
 @router.get("/sessions/{session_id}", response_model=wire.Session, responses=errors(SessionNotFound))
 async def get_session(session_id: SessionId, user_id: UserId, db: Db) -> Response:
-    return answer(await sessions.get(db, user_id, session_id))
+    return session_answer(await sessions.get(db, user_id, session_id))
 
 
 @router.put(
     "/sessions/{session_id}",
     response_model=wire.Session,
-    responses=body_errors(SessionNotFound, SessionArchived, InvalidTransition),
+    responses=body_errors(SessionNotFound, SessionArchived, InvalidTransition, VersionMismatch),
 )
-async def update_session(session_id: SessionId, user_id: UserId, change: wire.UpdateSession, db: Db) -> Response:
-    return answer(await sessions.update(db, user_id, session_id, change))
+async def update_session(
+    session_id: SessionId, user_id: UserId, change: wire.UpdateSession, db: Db, if_match: IfMatch
+) -> Response:
+    return session_answer(await sessions.update(db, user_id, session_id, change, if_match))
 
 
 @router.delete("/sessions/{session_id}", response_model=wire.Notice, responses=errors(SessionNotFound, SessionArchived))
-async def end_session(session_id: SessionId, user_id: UserId, db: Db) -> Response:
-    await sessions.end(db, user_id, session_id)
+async def end_session(session_id: SessionId, user_id: UserId, db: Db, if_match: IfMatch) -> Response:
+    await sessions.end(db, user_id, session_id, if_match)
     return answer({"message": "Session ended successfully"})
 
 

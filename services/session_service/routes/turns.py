@@ -5,10 +5,12 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from services.session_service import context, sessions, turns
+from services.session_service.routes.creating import CreatingRoute, Writes, creating_errors
 from services.session_service.routes.parameters import (
     AppState,
     Cursor,
     Db,
+    IfMatch,
     OtherId,
     SessionId,
     UserId,
@@ -30,10 +32,10 @@ from shared.errors import (
     TurnInProgress,
     TurnNotFound,
     ValidationFailed,
+    VersionMismatch,
 )
-from shared.strict_route import StrictRoute
 
-router = APIRouter(route_class=StrictRoute, tags=["turns"], prefix="/api/v1/sessions/{session_id}")
+router = APIRouter(route_class=CreatingRoute, tags=["turns"], prefix="/api/v1/sessions/{session_id}")
 
 Budget = Annotated[int | None, Query(ge=1, le=2**31 - 1)]
 
@@ -41,7 +43,7 @@ Budget = Annotated[int | None, Query(ge=1, le=2**31 - 1)]
 @router.post(
     "/turns",
     response_model=wire.TurnOpened,
-    responses=body_errors(
+    responses=creating_errors(
         SessionNotFound,
         SessionExists,
         SessionNotActive,
@@ -49,17 +51,24 @@ Budget = Annotated[int | None, Query(ge=1, le=2**31 - 1)]
         TurnInProgress,
         MessageExists,
         ContextTooSmall,
+        VersionMismatch,
     ),
 )
 async def open_turn(
-    session_id: SessionId, user_id: UserId, turn: wire.OpenTurn, request: Request, db: Db, state: AppState
+    session_id: SessionId,
+    user_id: UserId,
+    turn: wire.OpenTurn,
+    request: Request,
+    writer: Writes,
+    state: AppState,
+    if_match: IfMatch,
 ) -> Response:
     """Finds or makes the session, stores the new messages, opens the turn and rebuilds the context, at once."""
     _check_ids(turn.create_session, user_id, session_id)
     max_tokens = state.settings.context_max_tokens
     opened = await state.lines.wait(
         (user_id, session_id),
-        lambda: turns.open_turn(db, user_id, session_id, turn, default_max_tokens=max_tokens),
+        lambda: turns.open_turn(writer, user_id, session_id, turn, default_max_tokens=max_tokens, if_match=if_match),
         seconds=turn.wait_seconds,
         is_gone=request.is_disconnected,
     )

@@ -1,0 +1,72 @@
+"""Routes that create something, and so take an Idempotency-Key."""
+
+import hashlib
+import json
+import re
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Final
+
+from fastapi import Depends, Header, Request, Response
+
+from services.session_service import idempotency
+from services.session_service.routes.parameters import IDEMPOTENCY_ERRORS, body_errors
+from services.session_service.state import State
+from shared.database import Writer
+from shared.errors import ServiceError, ValidationFailed
+from shared.strict_route import StrictRoute
+
+_VISIBLE_ASCII: Final = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+class CreatingRoute(StrictRoute):
+    """A route whose write, given a key, is recorded with its answer and never done twice."""
+
+    async def pass_on(self, request: Request, value: Any, handle: Callable[[Request], Awaitable[Response]]) -> Response:
+        key = _key(request, value)
+        if key is None:
+            return await handle(request)
+        state: State = request.app.state.service
+        database = state.require_ready()
+        try:
+            async with state.running.alone(key):
+                await idempotency.replay(database, key)
+                request.state.writer = idempotency.Once(database, key)
+                return await handle(request)
+        except idempotency.Replayed as replayed:
+            headers = {"idempotent-replayed": "true"}
+            return Response(replayed.answer, headers=headers, media_type="application/json")
+
+
+def _key(request: Request, value: Any) -> idempotency.Key | None:
+    sent = request.headers.get("idempotency-key")
+    if sent is None:
+        return None
+    if not _VISIBLE_ASCII.fullmatch(sent):
+        raise ValidationFailed.at("header", "idempotency-key", msg="A key has 1 to 255 visible ASCII characters")
+    user_id = request.query_params.get("user_id") or (value or {}).get("user_id")
+    if not isinstance(user_id, str) or "\0" in user_id:
+        return None  # the route says what is wrong with it
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    return idempotency.Key(
+        user_id=user_id,
+        scope=f"{request.method} {request.url.path}",
+        idempotency_key=sent,
+        body_hash=hashlib.sha256(canonical).digest(),
+    )
+
+
+async def _writer(
+    request: Request,
+    _key: Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)] = None,
+) -> Writer:
+    recorded: Writer | None = getattr(request.state, "writer", None)
+    state: State = request.app.state.service
+    return recorded or state.require_ready()
+
+
+Writes = Annotated[Writer, Depends(_writer)]
+
+
+def creating_errors(*expected: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
+    """As `body_errors`, with what may be said about the key."""
+    return body_errors(*expected, *IDEMPOTENCY_ERRORS)
