@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-_UNSEEN_BY_MODEL = frozenset({"cache_control", "incomplete"})
+_UNSEEN_BY_MODEL = frozenset({"cache_control", "incomplete", "partial_json"})
 _THINKING = frozenset({"thinking", "redacted_thinking"})
 _SPEAKER = {"tool_call": "assistant", "tool_result": "user", "tool": "user"}
 

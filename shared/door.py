@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Final
+from urllib.parse import unquote_to_bytes
 
 import structlog
 from prometheus_client import Histogram
@@ -18,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uuid_utils import uuid7
 
-from shared.errors import BodyTooLarge, Internal, RequestTimeout, ServiceError
+from shared.errors import BodyTooLarge, Internal, RequestTimeout, ServiceError, ValidationFailed
 from shared.json import dumps
 
 log = structlog.get_logger(__name__)
@@ -79,6 +80,7 @@ class Door:
         reply = _Reply(send, request_id)
         started_at = perf_counter()
         try:
+            _require_utf8(scope)
             self._admit(scope)
             guarded = _guarded(receive, self._rules, scope)
             await self._app(scope, guarded, reply.send)
@@ -110,6 +112,26 @@ def _request_id(scope: Scope) -> str:
             if _SANE_REQUEST_ID.fullmatch(text):
                 return str(text)
     return str(uuid7())
+
+
+def _require_utf8(scope: Scope) -> None:
+    """Refuses a path or query whose bytes are no UTF-8: two of them must not become one id."""
+    if not _is_utf8(scope.get("raw_path", b"")):
+        raise ValidationFailed.at("path", msg="Not UTF-8")
+    query: bytes = scope["query_string"]
+    if not _is_utf8(query):
+        names = [pair.partition(b"=")[0] for pair in query.split(b"&") if not _is_utf8(pair)]
+        raise ValidationFailed.at("query", names[0].decode("ascii", "replace"), msg="Not UTF-8")
+
+
+def _is_utf8(quoted: bytes) -> bool:
+    if b"%" not in quoted and quoted.isascii():
+        return True
+    try:
+        unquote_to_bytes(quoted).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 class _Reply:

@@ -247,11 +247,15 @@ def by_code() -> dict[str, type[ServiceError]]:
     return {cls.code: cls for cls in classes}
 
 
+_ARGUMENTS = frozenset({"self", "detail", "code", "retry_after_seconds"})
+
+
 def decode(status: int, body: Any, retry_after: str | None = None) -> ServiceError:
     """The error that session_service raised, from its answer; an unknown one by its status class."""
-    data = dict(body) if isinstance(body, dict) else {}
-    detail, code = data.pop("detail", None), data.pop("code", None)
-    wait = float(retry_after) if retry_after and retry_after.isdigit() else None
+    told = body if isinstance(body, dict) else {}
+    detail, code = told.get("detail"), told.get("code")
+    data = {name: value for name, value in told.items() if name not in _ARGUMENTS}
+    wait = float(retry_after) if retry_after and retry_after.isascii() and retry_after.isdigit() else None
     cls = by_code().get(code) if isinstance(code, str) else None
     if cls is None:
         cls = Unavailable if status in {502, 503, 504} else Internal if status >= 500 else ServiceError

@@ -6,12 +6,13 @@ Its one invariant: a connection that sends half a request's headers and no more 
 import asyncio
 from typing import Any, Final
 
+from uuid_utils import uuid7
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 _BODY: Final = b'{"detail":"The request headers did not arrive in time","code":"request_timeout"}'
 _TOO_LATE: Final = (
     b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    b"content-length: " + str(len(_BODY)).encode() + b"\r\n\r\n" + _BODY
+    b"content-length: %d\r\nx-request-id: %s\r\n\r\n%s"
 )
 
 
@@ -61,7 +62,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._has_spoken:
-            self.transport.write(_TOO_LATE)
+            self.transport.write(_TOO_LATE % (len(_BODY), str(uuid7()).encode(), _BODY))
         self.transport.close()
 
 

@@ -85,3 +85,14 @@ def dump_text(value: Any) -> str:
 def loads(text: str | bytes) -> Any:
     """A value that `dumps` wrote; integers keep all their digits."""
     return from_json(text)
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two JSON values are the same: numbers by value, `true` never the same as 1."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    return bool(one == other)

@@ -39,6 +39,7 @@ class Limits(BaseModel):
     title_characters: int = 500
     summary_bytes: int = 64 * 2**10
     memory_bytes: int = 64 * 2**10
+    batch_messages: int = 500
     turn_messages: int = 10_000
 
 
@@ -143,6 +144,7 @@ def _cost(value: Any) -> Any:
 
 CostUsd = Annotated[Decimal, BeforeValidator(_cost)]
 Tokens = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
+Seq = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 
 
 # ── JSON objects ────────────────────────────────────────────────────────────────────────────────
@@ -154,8 +156,8 @@ def _check_depth_and_integers(value: Any, levels: int) -> None:
             raise _refuse("Nested too deeply")
         for below in value.values() if isinstance(value, dict) else value:
             _check_depth_and_integers(below, levels - 1)
-    elif isinstance(value, int) and not -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER:
-        raise _refuse("An integer beyond 2^53 loses digits in many readers")
+    elif isinstance(value, int | float) and not -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER:
+        raise _refuse("An integer beyond 2^53 loses digits in many readers")  # every float beyond it is one
 
 
 def _json_object(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
@@ -245,7 +247,7 @@ class UpdateSession(Input):
     metadata: JsonObject | None = None
     conversation_data: JsonObject | None = None
     session_summary: Summary | None = None
-    summary_to_seq: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    summary_to_seq: Seq | None = None
     status: Status | None = None
     idle_timeout_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
 
@@ -280,11 +282,35 @@ TurnMessages = Annotated[list[NewMessage], AfterValidator(_turn_messages)]
 
 class OpenTurn(Input):
     messages: TurnMessages = []
-    rewind_to_seq: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    rewind_to_seq: Seq | None = None
     create_session: CreateSessionInTurn | None = None
     context: ContextOptions | None = None
     lease_seconds: Annotated[int, Field(ge=5, le=3600)] = 600
     wait_seconds: Annotated[float, Field(ge=0, le=60)] = 0
+
+
+def _batch_messages(value: list[NewMessage], info: ValidationInfo) -> list[NewMessage]:
+    limit = _limits(info).batch_messages
+    if not 1 <= len(value) <= limit:
+        raise _refuse("A batch has 1 to {limit} messages", limit=limit)
+    return value
+
+
+class Batch(Input):
+    messages: Annotated[list[NewMessage], AfterValidator(_batch_messages)]
+    create_session: CreateSessionInTurn | None = None
+    metadata: JsonObject | None = None
+    conversation_data: JsonObject | None = None
+
+
+class Rewind(Input):
+    to_seq: Seq
+
+
+class Fork(Input):
+    at_seq: Seq | None = None
+    session_id: SessionId | None = None
+    title: Title | None = None
 
 
 class RenewTurn(Input):
@@ -405,6 +431,17 @@ class MessageList(Output):
     page: int
     page_size: int
     has_more: bool
+
+
+class BatchStored(Output):
+    messages: list[Message]
+    session: Session
+
+
+class Erased(Output):
+    """How much of a user was erased."""
+
+    deleted: dict[Literal["sessions", "messages", "memories", "turns"], int]
 
 
 class Memory(Output):

@@ -20,7 +20,15 @@ from services.session_service.stats import Cached
 from shared import __version__
 from shared.database import Database, Violation
 from shared.door import BodyRules, Door, error_answer
-from shared.errors import Internal, MethodNotAllowed, NotFound, ServiceError, Unauthorized, Unavailable
+from shared.errors import (
+    Internal,
+    MethodNotAllowed,
+    NotFound,
+    ServiceError,
+    Unauthorized,
+    Unavailable,
+    ValidationFailed,
+)
 from shared.service import Lifecycle
 
 log = structlog.get_logger(__name__)
@@ -51,7 +59,7 @@ def create_app(settings: SessionServiceSettings, database: Database, lifecycle: 
         app,
         rules=BodyRules(settings.limits.body_bytes, settings.body_timeout_seconds),
         duration=metrics.duration,
-        admit=_token_check(settings),
+        admit=_admission(settings),
     )
 
 
@@ -97,20 +105,32 @@ async def _open(state: State) -> None:
         await asyncio.sleep(_RETRY_SECONDS)
 
 
-def _token_check(settings: SessionServiceSettings) -> Callable[[Scope], None]:
+def _admission(settings: SessionServiceSettings) -> Callable[[Scope], None]:
     """Refuses calls without one of the tokens, where there are any; health and metrics need none."""
     tokens = [token.get_secret_value().encode() for token in settings.session_service_tokens]
 
     def admit(scope: Scope) -> None:
-        if not tokens or scope["path"].startswith("/health") or scope["path"] == "/metrics":
-            return
-        sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, token = sent.partition(b" ")
-        known = [secrets.compare_digest(token.strip(), each) for each in tokens]
-        if scheme.lower() != b"bearer" or not any(known):
+        is_public = scope["path"].startswith("/health") or scope["path"] == "/metrics"
+        if tokens and not is_public and not _has_token(scope, tokens):
             raise Unauthorized
+        _refuse_hidden_slashes(scope)
 
     return admit
+
+
+def _has_token(scope: Scope, tokens: list[bytes]) -> bool:
+    sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+    scheme, _, token = sent.partition(b" ")
+    known = [secrets.compare_digest(token.strip(), each) for each in tokens]
+    return scheme.lower() == b"bearer" and any(known)
+
+
+def _refuse_hidden_slashes(scope: Scope) -> None:
+    """An encoded slash in a user's or session's id would lead to another route; only message ids may have one."""
+    segments = scope.get("raw_path", b"").lower().split(b"/")
+    before_message_id = segments[:6] if segments[5:6] == [b"messages"] else segments
+    if any(b"%2f" in segment for segment in before_message_id):
+        raise ValidationFailed.at("path", msg="An id has no '/'")
 
 
 async def _on_service_error(_request: Request, error: Exception) -> Response:

@@ -36,7 +36,7 @@ _title = bindparam("title", type_=sa.Text)
 _metadata = bindparam("metadata", type_=JSONB)
 _conversation_data = bindparam("conversation_data", type_=JSONB)
 _idle = bindparam("idle_timeout_seconds", type_=sa.Integer)
-_generations = bindparam("generations", type_=sa.Integer)
+_restarts = bindparam("restarts", type_=sa.Boolean)
 _EMPTY: ColumnElement[Any] = literal_column("'{}'::jsonb")
 
 CREATE = (
@@ -65,9 +65,9 @@ REVIVE = (
         | {
             "status": ACTIVE,
             "ended_reason": sa.null(),
-            "generation": table.c.generation + _generations,
-            "first_seq": case((_generations > 0, table.c.last_seq + 1), else_=table.c.first_seq),
-            "window_start_seq": case((_generations > 0, table.c.last_seq + 1), else_=table.c.window_start_seq),
+            "generation": table.c.generation + 1,
+            "first_seq": case((_restarts, table.c.last_seq + 1), else_=table.c.first_seq),
+            "window_start_seq": case((_restarts, table.c.last_seq + 1), else_=table.c.window_start_seq),
             "title": func.coalesce(_title, table.c.title),
             "metadata": func.coalesce(_metadata, table.c.metadata),
             "conversation_data": func.coalesce(_conversation_data, table.c.conversation_data),
@@ -130,11 +130,11 @@ async def find_or_create(
             return locked
     if options is not None and options.if_exists == "error":
         raise SessionExists
-    locked.require_free()
     if options is not None and options.if_exists in {"restart", "resume"} and locked.session.status == "ended":
         await revive(conn, locked, options)
         return await lock(conn, user_id, session_id)
     locked.require_active()
+    locked.require_free()
     return locked
 
 
@@ -152,4 +152,4 @@ async def revive(conn: Conn, locked: Detail, options: wire.SessionOptions) -> wi
     restarts = options.if_exists == "restart"
     if restarts:
         await supersede(conn, locked, from_seq=locked.first_seq)
-    return from_row(await conn.row(REVIVE, **locked.key, **_values(options), generations=int(restarts)))
+    return from_row(await conn.row(REVIVE, **locked.key, **_values(options), restarts=restarts))

@@ -5,7 +5,7 @@ Its one invariant: a cursor serves only the list, in the order, that gave it.
 
 import base64
 import binascii
-from datetime import datetime
+from datetime import UTC, datetime
 
 import orjson
 
@@ -23,9 +23,9 @@ def decode(cursor: str, kind: str) -> tuple[datetime, str]:
     try:
         padded = cursor + "=" * (-len(cursor) % 4)
         found, moment, last_id = orjson.loads(base64.urlsafe_b64decode(padded))
-        place = datetime.fromisoformat(moment)
-        if found == kind and place.tzinfo is not None and isinstance(last_id, str) and "\0" not in last_id:
+        place = datetime.fromisoformat(moment).astimezone(UTC)
+        if found == kind and isinstance(last_id, str) and "\0" not in last_id:
             return place, last_id
-    except (binascii.Error, ValueError, TypeError):
+    except (binascii.Error, ValueError, TypeError, OverflowError):
         pass
     raise ValidationFailed.at("query", "cursor", msg="Not a cursor of this list in this order")

@@ -23,7 +23,7 @@ from shared import wire
 from shared.canonical import message_hash
 from shared.database import Conn, Database, Row, Violation, Writer
 from shared.errors import MessageExists, MessageNotFound, TurnInProgress
-from shared.json import dump_text
+from shared.json import dump_text, equal
 
 COLUMNS: tuple[ColumnElement[Any], ...] = (
     table.c.message_id,
@@ -245,7 +245,7 @@ class _NotAppended(Exception):
 def _same(earlier: wire.Message, session_id: str, drafted: Draft) -> wire.Message:
     again = drafted.stored(earlier.user_id, session_id, earlier.seq, earlier.created_at)
     again.superseded_at = earlier.superseded_at
-    if again != earlier:
+    if not equal(again.__dict__, earlier.__dict__):
         raise MessageExists
     return earlier
 

@@ -16,6 +16,15 @@ Block = dict[str, Any]
 
 MAX_CACHE_BREAKPOINTS: Final = 4
 NO_RESULT: Final = "No result of this tool call was recorded."
+_THINKING: Final = frozenset({"thinking", "redacted_thinking"})
+_NEEDED: Final[dict[str, dict[str, type]]] = {
+    "tool_use": {"id": str, "name": str, "input": dict},
+    "server_tool_use": {"id": str, "name": str, "input": dict},
+    "redacted_thinking": {"data": str},
+    "thinking": {"thinking": str},
+    "image": {"source": dict},
+    "document": {"source": dict},
+}
 _ONLY_ASSISTANT: Final = frozenset({"tool_use", "server_tool_use", "thinking", "redacted_thinking"})
 _ONLY_USER: Final = frozenset({"tool_result", "image", "document", "search_result", "container_upload"})
 
@@ -79,16 +88,24 @@ def _with_fit_blocks(pieces: Iterable[Piece], done: Repaired) -> list[Piece]:
         for block in blocks:
             problem = _unfit(block, piece.role)
             if problem is None:
-                piece.blocks.append({key: value for key, value in block.items() if key != "incomplete"})
+                piece.blocks.append(_cleaned(block))
             else:
                 done.note(problem, piece.seq)
-        if not piece.blocks:
-            done.leave_out(piece.seq, "nothing_left")
-        elif piece.blocks[-1]["type"] in {"thinking", "redacted_thinking"}:
-            done.leave_out(piece.seq, "ends_with_thinking")
-        else:
-            kept.append(piece)
+        kept.append(piece)
     return kept
+
+
+def _cleaned(block: Block) -> Block:
+    """The block without our own mark, and without what the API refuses inside of it."""
+    unwanted = {"incomplete", "cache_control"} if block["type"] in _THINKING else {"incomplete"}
+    clean = {key: value for key, value in block.items() if key not in unwanted}
+    if block["type"] == "tool_result" and isinstance(block.get("content"), list):
+        clean["content"] = [part for part in block["content"] if not _is_empty_text(part)]
+    return clean
+
+
+def _is_empty_text(block: Any) -> bool:
+    return isinstance(block, dict) and block.get("type") == "text" and not str(block.get("text") or "").strip()
 
 
 def _unfit(block: Block, role: str) -> str | None:
@@ -98,55 +115,82 @@ def _unfit(block: Block, role: str) -> str | None:
         return "incomplete_block"
     if (kind in _ONLY_ASSISTANT and role != "assistant") or (kind in _ONLY_USER and role != "user"):
         return "misplaced_block"
-    if kind == "text" and not str(block.get("text") or "").strip():
+    if _is_empty_text(block):
         return "empty_text"
     if kind == "thinking" and not block.get("signature"):
         return "unsigned_thinking"
-    if kind == "tool_use" and not (isinstance(block.get("name"), str) and isinstance(block.get("input"), dict)):
-        return "malformed_tool_use"
+    needed = _NEEDED.get(str(kind), {})
+    if any(not isinstance(block.get(name), type_) or block[name] == "" for name, type_ in needed.items()):
+        return "malformed_block"
     return None
 
 
 # ── calls and results ───────────────────────────────────────────────────────────────────────────
 
 
+@dataclass(slots=True)
+class _Pairs:
+    """Calls and answers of the messages kept, and those of the message being looked at, which may yet go."""
+
+    called: set[str] = field(default_factory=set)
+    answered: set[str] = field(default_factory=set)
+    called_here: set[str] = field(default_factory=set)
+    answered_here: set[str] = field(default_factory=set)
+
+    def problem(self, block: Block, served_here: set[str]) -> str | None:
+        """Why the block cannot stand after what came before, or None; takes note of it then."""
+        if block["type"] in {"tool_use", "server_tool_use"}:
+            if block["id"] in self.called or block["id"] in self.called_here:
+                return "duplicate_tool_use"
+            self.called_here.add(block["id"])
+            if block["type"] == "server_tool_use" and block["id"] not in served_here:
+                return "unfinished_server_tool_use"
+        elif block["type"] == "tool_result":
+            if block["tool_use_id"] not in self.called:
+                return "orphan_tool_result"
+            if block["tool_use_id"] in self.answered or block["tool_use_id"] in self.answered_here:
+                return "duplicate_tool_result"
+            self.answered_here.add(block["tool_use_id"])
+        return None
+
+    def next(self, *, kept: bool) -> None:
+        """The message looked at is kept, or not; on to the next."""
+        if kept:
+            self.called |= self.called_here
+            self.answered |= self.answered_here
+        self.called_here, self.answered_here = set(), set()
+
+
 def _with_calls_before_results(pieces: list[Piece], done: Repaired) -> list[Piece]:
     """What begins with the user's, has no call id twice, and no result without its call before it."""
     kept: list[Piece] = []
-    called: set[str] = set()
-    answered: set[str] = set()
+    pairs = _Pairs()
     for piece in pieces:
         if piece.role == "assistant" and not kept:
             done.leave_out(piece.seq, "before_first_user_message")
             continue
+        # A server's tool answers in the message of its call, by blocks of its own types.
+        served_here = {
+            block["tool_use_id"]
+            for block in piece.blocks
+            if block["type"] != "tool_result" and isinstance(block.get("tool_use_id"), str)
+        }
         blocks = []
         for block in piece.blocks:
-            problem = _unpaired(block, called, answered)
+            problem = pairs.problem(block, served_here)
             if problem is None:
                 blocks.append(block)
             else:
                 done.note(problem, piece.seq)
-        piece.blocks = blocks
-        if blocks:
-            kept.append(piece)
-        else:
+        if not blocks:
             done.leave_out(piece.seq, "nothing_left")
+        elif blocks[-1]["type"] in _THINKING:
+            done.leave_out(piece.seq, "ends_with_thinking")
+        else:
+            piece.blocks = blocks
+            kept.append(piece)
+        pairs.next(kept=bool(kept) and kept[-1] is piece)
     return kept
-
-
-def _unpaired(block: Block, called: set[str], answered: set[str]) -> str | None:
-    if block["type"] == "tool_use":
-        if block["id"] in called:
-            return "duplicate_tool_use"
-        called.add(block["id"])
-    elif block["type"] == "tool_result":
-        call_id = block["tool_use_id"]
-        if call_id not in called:
-            return "orphan_tool_result"
-        if call_id in answered:
-            return "duplicate_tool_result"
-        answered.add(call_id)
-    return None
 
 
 @dataclass(slots=True)

@@ -7,11 +7,13 @@ import sqlalchemy as sa
 from sqlalchemy import and_, bindparam, case, func, select
 from sqlalchemy.sql.elements import ColumnElement
 
+from services.session_service.leases import close_overdue
 from services.session_service.schema import session_messages
 from services.session_service.schema import sessions as table
-from services.session_service.sessions import COLUMNS, NOW, Detail, from_row, mine
+from services.session_service.sessions import COLUMNS, NOW, Detail, IfVersion, from_row, lock, mine
 from shared import wire
-from shared.database import Conn
+from shared.database import Conn, Database
+from shared.errors import ValidationFailed
 
 _from_seq = bindparam("from_seq", type_=sa.Integer)
 _to_seq = bindparam("to_seq", type_=sa.Integer)
@@ -58,3 +60,30 @@ async def supersede(conn: Conn, locked: Detail, *, from_seq: int, to_seq: int | 
     """The session after its visible messages in from_seq…to_seq (default: the last) have been taken back."""
     last = locked.last_seq if to_seq is None else to_seq
     return from_row(await conn.row(SUPERSEDE, **locked.key, from_seq=from_seq, to_seq=last))
+
+
+async def rewind(
+    database: Database, user_id: str, session_id: str, to_seq: int, if_match: IfVersion | None = None
+) -> wire.Session:
+    """The session with everything after `to_seq` taken back.
+
+    Raises VersionMismatch, SessionNotActive, TurnInProgress, or ValidationFailed for a seq past the last.
+    """
+
+    async def work(conn: Conn) -> wire.Session:
+        locked = await lock(conn, user_id, session_id, if_match)
+        locked.require_active()
+        locked.require_free()
+        await close_overdue(conn, locked)
+        return await supersede_after(conn, locked, to_seq, "to_seq")
+
+    return await database.transact(work)
+
+
+async def supersede_after(conn: Conn, locked: Detail, to_seq: int, field: str) -> wire.Session:
+    """Takes back what comes after `to_seq`, which the body's `field` named; nothing may."""
+    if to_seq > locked.last_seq:
+        raise ValidationFailed.at("body", field, msg=f"The last message has seq {locked.last_seq}")
+    if to_seq == locked.last_seq:
+        return locked.session
+    return await supersede(conn, locked, from_seq=to_seq + 1)

@@ -26,6 +26,7 @@ from shared.errors import (
     ValidationFailed,
     VersionMismatch,
 )
+from shared.json import equal
 
 ENDED: ColumnElement[str] = literal_column("'ended'")
 BY_USER: ColumnElement[str] = literal_column("'user'")
@@ -258,7 +259,7 @@ def _changed(locked: Detail, change: wire.UpdateSession) -> dict[str, Any] | Non
     if change.session_summary is not None and change.summary_to_seq is None:
         same = session.session_summary == change.session_summary
         new["summary_to_seq"] = locked.summary_to_seq if same else locked.last_seq
-    if new == old:
+    if equal(new, old):
         return None
     if session.status == "archived":
         raise SessionArchived

@@ -19,7 +19,7 @@ from uuid_utils import uuid7
 from services.session_service import context, cursors, messages, sessions
 from services.session_service.creation import find_or_create
 from services.session_service.leases import close_overdue
-from services.session_service.rewind import supersede
+from services.session_service.rewind import supersede, supersede_after
 from services.session_service.schema import OPEN, session_messages
 from services.session_service.schema import session_turns as table
 from services.session_service.schema import sessions as _session
@@ -93,7 +93,7 @@ async def open_turn(
         locked = await find_or_create(conn, user_id, session_id, request.create_session, if_match)
         await close_overdue(conn, locked)
         if request.rewind_to_seq is not None:
-            await _rewind(conn, locked, request.rewind_to_seq)
+            await supersede_after(conn, locked, request.rewind_to_seq, "rewind_to_seq")
         if not drafts:
             await _require_user_last(conn, locked)
         turn_id = str(uuid7())
@@ -131,13 +131,6 @@ async def open_turn(
         )
 
     return await writer.transact(work)
-
-
-async def _rewind(conn: Conn, locked: Detail, to_seq: int) -> None:
-    if to_seq > locked.last_seq:
-        raise ValidationFailed.at("body", "rewind_to_seq", msg=f"The last message has seq {locked.last_seq}")
-    if to_seq < locked.last_seq:
-        await supersede(conn, locked, from_seq=to_seq + 1)
 
 
 async def _require_user_last(conn: Conn, locked: Detail) -> None:

@@ -9,12 +9,15 @@ import http.client
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 from urllib.parse import urlsplit
 
+_ROOT = Path(__file__).parents[2]
 _START_SECONDS = 20
 _STOP_SECONDS = 5
 
@@ -40,9 +43,13 @@ class TestUpstream:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            cwd=_ROOT,
         )
         assert process.stdout is not None
+        watchdog = threading.Timer(_START_SECONDS, process.kill)
+        watchdog.start()
         line = process.stdout.readline()
+        watchdog.cancel()
         if " on " not in line:
             process.kill()
             process.wait()

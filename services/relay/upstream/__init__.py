@@ -14,7 +14,7 @@ none of them, in its text, its repr or its chain, holds an API key.
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
 
@@ -71,8 +71,8 @@ class UpstreamRequest:
 
     path: str
     query: str
-    headers: Mapping[str, str]
-    body: dict[str, Any]
+    headers: Mapping[str, str] = field(repr=False)
+    body: dict[str, Any] = field(repr=False)
 
     @property
     def stream(self) -> bool:

@@ -5,6 +5,8 @@ redirect followed), and the API key leaves only in the `x-api-key` header to `ba
 """
 
 import asyncio
+import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from shared import __version__
 
 DEFAULT_VERSION = "2023-06-01"
 KEEPALIVE_SECONDS = 30.0
+UNSENT_SECONDS = 120.0
 
 _USER_AGENT = f"session-relay/{__version__}"
 _READ_BUFFER_BYTES = 16 * 2**10
@@ -37,7 +40,7 @@ _BODY_SLICE_BYTES = 256 * 2**10
 _SPENT = httpx.Request("POST", "http://spent.invalid")
 
 # What the transport lets through besides its own mapping: the HTTP parser's errors and bare socket errors.
-_FAULTS = (httpx.HTTPError, httpx.InvalidURL, aiohttp.ClientError, HttpProcessingError, OSError)
+_FAULTS = (httpx.HTTPError, aiohttp.ClientError, HttpProcessingError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,9 @@ def create_client() -> httpx.AsyncClient:
 
     def session() -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=tls),
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=tls, socket_factory=_socket
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
             read_bufsize=_READ_BUFFER_BYTES,
         )
@@ -70,6 +75,17 @@ def create_client() -> httpx.AsyncClient:
         headers={"user-agent": _USER_AGENT, "accept-encoding": "identity"},
         trust_env=False,
     )
+
+
+def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """Closing a connection waits until what was written is sent: an upstream that takes no bytes must not
+    keep it for ever, nor may one whose machine is gone."""
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNSENT_SECONDS * 1000))
+    return made
 
 
 class AnthropicUpstream:
@@ -94,13 +110,14 @@ class AnthropicUpstream:
     async def open(self, request: UpstreamRequest) -> UpstreamAnswer:
         """Sends the request; returns once status and headers are there, whatever the status says.
 
-        A redirect is an UpstreamProtocolError. Cancelling ends the connection.
+        A redirect is an UpstreamProtocolError. ValueError or RecursionError: a query or a body that cannot be
+        written. Cancelling ends the connection.
         """
         limits = self._timeouts
         read_seconds = limits.silence_seconds if request.stream else limits.plain_seconds
+        http_request = self._http_request(request, read_seconds)
         failure: UpstreamError | None = None
         try:
-            http_request = self._http_request(request, read_seconds)
             async with asyncio.timeout(limits.connect_seconds + read_seconds):  # uploading included
                 response = await self._client.send(http_request, stream=True, follow_redirects=False)
         except _FAULTS as fault:
@@ -126,13 +143,12 @@ class AnthropicUpstream:
             "content-length": str(len(body)),
         }
         connect_seconds = self._timeouts.connect_seconds
-        return self._client.build_request(
-            "POST",
-            url,
-            content=body if len(body) <= _BODY_SLICE_BYTES else _slices(body),
-            headers=headers,
-            timeout=httpx.Timeout(connect=connect_seconds, pool=connect_seconds, read=read_seconds, write=None),
-        )
+        timeout = httpx.Timeout(connect=connect_seconds, pool=connect_seconds, read=read_seconds, write=None)
+        content = body if len(body) <= _BODY_SLICE_BYTES else _slices(body)
+        try:
+            return self._client.build_request("POST", url, content=content, headers=headers, timeout=timeout)
+        except httpx.InvalidURL:
+            raise ValueError("a query string that no URL can hold") from None
 
 
 def _checked_base_url(base_url: str) -> str:
@@ -181,10 +197,10 @@ async def _close(response: httpx.Response) -> None:
 
 def _failure(fault: BaseException, *, nothing_received: bool) -> UpstreamError:
     """The error by its cause under the transport's mapping, which calls a lost connection a timeout."""
-    cause = fault.__cause__ or fault
+    cause = fault if isinstance(fault, TimeoutError) else fault.__cause__ or fault
     reason = type(cause).__name__
-    if isinstance(cause, TimeoutError | httpx.TimeoutException):
+    if isinstance(cause, TimeoutError):
         return UpstreamTimeout(f"upstream took too long ({reason})", nothing_received=nothing_received)
-    if isinstance(cause, aiohttp.ClientConnectorError | httpx.InvalidURL | aiohttp.InvalidURL):
+    if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.InvalidURL):
         return UpstreamUnreachable(f"no connection to upstream ({reason})", nothing_received=True)
     return UpstreamProtocolError(f"upstream broke off ({reason})", nothing_received=nothing_received)

@@ -16,7 +16,7 @@ _HEARD_CHARACTERS = 5_000
 
 _HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = r"[^\W\d_" + _HAN + r"][^\W\d_" + _HAN + r"]*(?:['’.-][^\W\d_" + _HAN + r"]+)*"
-_LATIN = rf"{_WORD}(?:\s+{_WORD}){{0,2}}"
+_LATIN = rf"{_WORD}(?: {_WORD}){{0,2}}"
 _OPENING = r"[\s:：「『“\"'‘《]*"
 
 # A Chinese name ends where its run of characters ends, or where one of these goes on with the sentence.

@@ -4,17 +4,19 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
-from services.session_service import align, history, messages
+from services.session_service import align, batches, history, messages
 from services.session_service.routes.creating import CreatingRoute, Writes, creating_errors
 from services.session_service.routes.parameters import (
     AppState,
     Db,
+    IfMatch,
     MessageId,
     MessagePageSize,
     Page,
     SessionId,
     UserId,
     body_errors,
+    check_ids,
     errors,
 )
 from shared import wire
@@ -22,10 +24,13 @@ from shared.door import answer
 from shared.errors import (
     MessageExists,
     MessageNotFound,
+    SessionArchived,
+    SessionExists,
     SessionNotActive,
     SessionNotFound,
     TurnInProgress,
     ValidationFailed,
+    VersionMismatch,
 )
 
 router = APIRouter(route_class=CreatingRoute, tags=["messages"], prefix="/api/v1/sessions/{session_id}")
@@ -44,6 +49,34 @@ async def append_message(
 ) -> Response:
     stored = await messages.append(writer, db, user_id, session_id, message)
     state.metrics.appends.inc()
+    return answer(stored)
+
+
+@router.post(
+    "/messages/batch",
+    response_model=wire.BatchStored,
+    responses=creating_errors(
+        SessionNotFound,
+        SessionExists,
+        SessionNotActive,
+        SessionArchived,
+        TurnInProgress,
+        MessageExists,
+        VersionMismatch,
+    ),
+)
+async def append_batch(
+    session_id: SessionId,
+    user_id: UserId,
+    batch: wire.Batch,
+    writer: Writes,
+    state: AppState,
+    if_match: IfMatch,
+) -> Response:
+    """Appends messages in order: all of them, or none."""
+    check_ids(batch.create_session, user_id, session_id)
+    stored = await batches.append_batch(writer, user_id, session_id, batch, if_match)
+    state.metrics.appends.inc(len(stored.messages))
     return answer(stored)
 
 

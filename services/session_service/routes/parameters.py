@@ -68,6 +68,13 @@ async def _if_match(
 IfMatch = Annotated[IfVersion | None, Depends(_if_match)]
 
 
+def check_ids(options: wire.CreateSessionInTurn | None, user_id: str, session_id: str) -> None:
+    """Ids in `create_session` may be left out, and are the URL's where they are given."""
+    for name, expected in (("user_id", user_id), ("session_id", session_id)):
+        if options is not None and getattr(options, name) not in {None, expected}:
+            raise ValidationFailed.at("body", "create_session", name, msg="Differs from the URL's")
+
+
 def session_answer(session: wire.Session) -> Response:
     """A session, with its version as the ETag."""
     return answer(session, headers={"etag": f'"{session.version}"'})

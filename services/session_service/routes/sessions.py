@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
-from services.session_service import creation, listing, sessions
+from services.session_service import creation, erasure, forks, listing, rewind, sessions
 from services.session_service.routes.creating import CreatingRoute, Writes, creating_errors
 from services.session_service.routes.parameters import (
     Cursor,
@@ -110,3 +110,33 @@ async def end_session(session_id: SessionId, user_id: UserId, db: Db, if_match: 
 @router.get("/sessions/{session_id}/summary", response_model=wire.SessionSummary, responses=errors(SessionNotFound))
 async def get_summary(session_id: SessionId, user_id: UserId, db: Db) -> Response:
     return answer(await sessions.get_summary(db, user_id, session_id))
+
+
+@router.post(
+    "/sessions/{session_id}/rewind",
+    response_model=wire.Session,
+    responses=body_errors(SessionNotFound, SessionNotActive, TurnInProgress, VersionMismatch),
+)
+async def rewind_session(
+    session_id: SessionId, user_id: UserId, to: wire.Rewind, db: Db, if_match: IfMatch
+) -> Response:
+    """Takes back all messages after to_seq; they stay stored, and no longer belong to the conversation."""
+    return session_answer(await rewind.rewind(db, user_id, session_id, to.to_seq, if_match))
+
+
+@router.post(
+    "/sessions/{session_id}/fork",
+    response_model=wire.Session,
+    responses=creating_errors(SessionNotFound, SessionExists),
+)
+async def fork_session(
+    session_id: SessionId, user_id: UserId, writer: Writes, wanted: wire.Fork | None = None
+) -> Response:
+    """A new session that begins with the visible messages up to at_seq."""
+    return session_answer(await forks.fork(writer, user_id, session_id, wanted or wire.Fork()))
+
+
+@router.delete("/users/{user_id}", response_model=wire.Erased, responses=errors(), tags=["users"])
+async def erase_user(user_id: UserIdInPath, db: Db) -> Response:
+    """Erases everything of a user."""
+    return answer({"deleted": await erasure.erase(db, user_id)})

@@ -37,13 +37,23 @@ async def get_usage(
     user_id: Annotated[wire.UserId | None, Query()] = None,
 ) -> Response:
     """Visible messages, tokens and cost by UTC hour, day or month; empty buckets included."""
-    until = _utc(until or datetime.now(UTC))
-    since = _utc(since) if since else until - _DEFAULT_SPAN[bucket]
+    until = _utc("to", until or datetime.now(UTC))
+    since = _utc("from", since) if since else _before(until, _DEFAULT_SPAN[bucket])
     if since >= until:
         raise ValidationFailed.at("query", "to", msg="Not later than from")
     return answer(await stats.usage(db, bucket, since, until, user_id))
 
 
-def _utc(moment: datetime) -> datetime:
+def _utc(name: str, moment: datetime) -> datetime:
     """A time without an offset is UTC."""
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    try:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError:
+        raise ValidationFailed.at("query", name, msg="Out of the calendar's range") from None
+
+
+def _before(moment: datetime, span: timedelta) -> datetime:
+    try:
+        return moment - span
+    except OverflowError:
+        raise ValidationFailed.at("query", "to", msg="Out of the calendar's range") from None

@@ -15,6 +15,7 @@ from services.session_service.routes.parameters import (
     SessionId,
     UserId,
     body_errors,
+    check_ids,
     errors,
 )
 from shared import wire
@@ -31,7 +32,6 @@ from shared.errors import (
     TurnClosed,
     TurnInProgress,
     TurnNotFound,
-    ValidationFailed,
     VersionMismatch,
 )
 
@@ -64,7 +64,7 @@ async def open_turn(
     if_match: IfMatch,
 ) -> Response:
     """Finds or makes the session, stores the new messages, opens the turn and rebuilds the context, at once."""
-    _check_ids(turn.create_session, user_id, session_id)
+    check_ids(turn.create_session, user_id, session_id)
     max_tokens = state.settings.context_max_tokens
     opened = await state.lines.wait(
         (user_id, session_id),
@@ -74,12 +74,6 @@ async def open_turn(
     )
     state.metrics.appends.inc(len(opened.messages))
     return answer(opened)
-
-
-def _check_ids(options: wire.CreateSessionInTurn | None, user_id: str, session_id: str) -> None:
-    for name, expected in (("user_id", user_id), ("session_id", session_id)):
-        if options is not None and getattr(options, name) not in {None, expected}:
-            raise ValidationFailed.at("body", "create_session", name, msg="Differs from the URL's")
 
 
 @router.get("/turns", response_model=wire.TurnList, responses=errors(SessionNotFound))

@@ -4,9 +4,13 @@ from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
+from hypothesis import settings
 
 from services.relay.upstream.anthropic import create_client
 from tests.upstream.client import TestUpstream
+
+settings.register_profile("unit", deadline=None)  # a busy machine is no failure
+settings.load_profile("unit")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.relay import sse
@@ -103,6 +103,7 @@ def test_other_words_are_no_names(said: str) -> None:
     assert latest_name(["my name is Carol", said]) == "Carol"
 
 
+@settings(max_examples=500)
 @given(st.text(max_size=60), st.sampled_from(["我叫", "我是", "my name is ", "I am ", "I'm "]))
 def test_any_text_may_follow(text: str, opening: str) -> None:
     name = latest_name([opening + text])
