@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+from services.relay.schema import metadata as relay_metadata
 from services.session_service.schema import metadata as session_metadata
 from shared import embedded_postgres
 from shared.settings import SharedSettings
@@ -36,7 +37,7 @@ def _migrate(connection: Connection) -> None:
     connection.dialect.default_schema_name = schema
     context.configure(
         connection=connection,
-        target_metadata=[session_metadata],
+        target_metadata=[session_metadata, relay_metadata],
         transaction_per_migration=True,
         compare_type=True,
         compare_server_default=True,

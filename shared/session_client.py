@@ -88,9 +88,17 @@ class SessionClient:
         return await self._call(wire.Aligned, "POST", f"{key.path}/align", key, body=body, repeatable=True)
 
     async def open_turn(
-        self, key: SessionKey, request: wire.OpenTurn, *, idempotency_key: str | None = None
+        self,
+        key: SessionKey,
+        request: wire.OpenTurn,
+        *,
+        idempotency_key: str | None = None,
+        if_match: int | None = None,
     ) -> wire.TurnOpened:
+        """`if_match` is the version that the session must have: VersionMismatch for any other."""
         headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
+        if if_match is not None:
+            headers["if-match"] = f'"{if_match}"'
         return await self._call(
             wire.TurnOpened,
             "POST",

@@ -209,6 +209,7 @@ def _check_block(index: int, block: Any) -> None:
 
 
 Content = Annotated[str | list[dict[str, Any]], BeforeValidator(_content)]
+Blocks = Annotated[list[dict[str, Any]], BeforeValidator(_content)]
 
 
 # ── what comes in ───────────────────────────────────────────────────────────────────────────────
@@ -545,6 +546,27 @@ class Aligned(Output):
     matched: int
     seq: int
     version: int
+
+
+class Snippet(Output):
+    """A piece of a text that matched, with the seq of its message or the id of its memory."""
+
+    text: str
+    seq: int | None = None
+    memory_id: str | None = None
+
+
+class SearchResult(Output):
+    session_id: str
+    title: str | None
+    score: float
+    last_activity: datetime
+    snippets: list[Snippet]
+
+
+class SearchResults(Output):
+    results: list[SearchResult]
+    next_cursor: str | None
 
 
 class Stats(Output):

@@ -54,6 +54,9 @@ def upgrade() -> None:
         sa.Column("parent_seq", sa.Integer(), nullable=True),
         sa.Column("latest_turn_id", sa.Text(collation="C"), nullable=True),
         sa.Column("lease_expires_at", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.Column("indexed_version", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
+        sa.Column("indexed_seq", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("indexed_at", postgresql.TIMESTAMP(timezone=True), nullable=True),
         sa.Column("created_at", postgresql.TIMESTAMP(timezone=True), nullable=False),
         sa.Column("updated_at", postgresql.TIMESTAMP(timezone=True), nullable=False),
         sa.Column("last_activity", postgresql.TIMESTAMP(timezone=True), nullable=False),
@@ -81,6 +84,13 @@ def upgrade() -> None:
         ["lease_expires_at"],
         unique=False,
         postgresql_where=sa.text("lease_expires_at IS NOT NULL"),
+    )
+    op.create_index(
+        "sessions_to_index_idx",
+        "sessions",
+        ["user_id", "session_id"],
+        unique=False,
+        postgresql_where=sa.text("indexed_version < version"),
     )
     op.create_table(
         "session_memories",
@@ -165,6 +175,30 @@ def upgrade() -> None:
         postgresql_where=sa.text("role = 'system' AND superseded_at IS NULL"),
     )
     op.create_table(
+        "session_search",
+        sa.Column("user_id", sa.Text(collation="C"), nullable=False),
+        sa.Column("session_id", sa.Text(collation="C"), nullable=False),
+        sa.Column("seq", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("memory_id", sa.Text(collation="C"), server_default="", nullable=False),
+        sa.Column("words", postgresql.TSVECTOR(), nullable=False),
+        sa.Column("is_long", sa.Boolean(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["user_id", "session_id"],
+            ["sessions.user_id", "sessions.session_id"],
+            name="session_search_session_fkey",
+            ondelete="CASCADE",
+        ),
+        sa.PrimaryKeyConstraint("user_id", "session_id", "seq", "memory_id", name="session_search_pkey"),
+    )
+    op.create_index(
+        "session_search_words_idx",
+        "session_search",
+        ["words"],
+        unique=False,
+        postgresql_using="gin",
+        postgresql_with={"fastupdate": "off"},
+    )
+    op.create_table(
         "session_turns",
         sa.Column("user_id", sa.Text(collation="C"), nullable=False),
         sa.Column("session_id", sa.Text(collation="C"), nullable=False),
@@ -220,6 +254,13 @@ def downgrade() -> None:
     op.drop_index("session_turns_by_opened_at_idx", table_name="session_turns")
     op.drop_table("session_turns")
     op.drop_index(
+        "session_search_words_idx",
+        table_name="session_search",
+        postgresql_using="gin",
+        postgresql_with={"fastupdate": "off"},
+    )
+    op.drop_table("session_search")
+    op.drop_index(
         "session_messages_system_idx",
         table_name="session_messages",
         postgresql_where=sa.text("role = 'system' AND superseded_at IS NULL"),
@@ -229,6 +270,7 @@ def downgrade() -> None:
     op.drop_index("session_memories_by_user_idx", table_name="session_memories")
     op.drop_index("session_memories_by_session_idx", table_name="session_memories")
     op.drop_table("session_memories")
+    op.drop_index("sessions_to_index_idx", table_name="sessions", postgresql_where=sa.text("indexed_version < version"))
     op.drop_index("sessions_lease_idx", table_name="sessions", postgresql_where=sa.text("lease_expires_at IS NOT NULL"))
     op.drop_index("sessions_expiry_idx", table_name="sessions", postgresql_where=sa.text("status = 'active'"))
     op.drop_index("sessions_by_last_activity_idx", table_name="sessions")

@@ -10,10 +10,10 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Scope
 
-from services.session_service import retention, revision
+from services.session_service import indexing, retention, revision
 from services.session_service.errors import BY_CONSTRAINT
 from services.session_service.metrics import Metrics
-from services.session_service.routes import health, memories, messages, sessions, stats, turns
+from services.session_service.routes import health, memories, messages, search, sessions, stats, transfer, turns
 from services.session_service.settings import SessionServiceSettings
 from services.session_service.state import State
 from services.session_service.stats import Cached
@@ -48,7 +48,7 @@ def create_app(settings: SessionServiceSettings, database: Database, lifecycle: 
     )
     app.state.service = state
     app.state.limits = settings.limits
-    for routes in (stats, sessions, messages, turns, memories):
+    for routes in (stats, search, transfer, sessions, messages, turns, memories):
         app.include_router(routes.router)
     app.include_router(health.router)
     app.add_exception_handler(ServiceError, _on_service_error)
@@ -57,7 +57,7 @@ def create_app(settings: SessionServiceSettings, database: Database, lifecycle: 
     app.add_exception_handler(Exception, _on_fault)
     return Door(
         app,
-        rules=BodyRules(settings.limits.body_bytes, settings.body_timeout_seconds),
+        rules=BodyRules(settings.limits.body_bytes, settings.body_timeout_seconds, frozenset({transfer.IMPORT_PATH})),
         duration=metrics.duration,
         admit=_admission(settings),
     )
@@ -67,16 +67,15 @@ def create_app(settings: SessionServiceSettings, database: Database, lifecycle: 
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state: State = app.state.service
     settings = state.settings
-    beside = [
-        asyncio.create_task(_open(state)),
-        asyncio.create_task(
-            retention.keep_sweeping(
-                state.database,
-                interval_seconds=settings.sweep_interval_seconds,
-                expired_total=state.metrics.expired,
-            )
+    work = [
+        _open(state),
+        retention.keep_sweeping(
+            state.database, interval_seconds=settings.sweep_interval_seconds, expired_total=state.metrics.expired
         ),
     ]
+    if settings.index_interval_seconds:
+        work.append(_index(state))
+    beside = [asyncio.create_task(each) for each in work]
     try:
         yield
     finally:
@@ -87,9 +86,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await state.database.close()
 
 
+async def _index(state: State) -> None:
+    await state.ready.wait()
+    await indexing.keep_indexing(state.database, interval_seconds=state.settings.index_interval_seconds)
+
+
 async def _open(state: State) -> None:
     """Makes the app ready once Postgres answers and the schema is there; until then calls get 503."""
-    while not state.is_ready:
+    while not state.ready.is_set():
         try:
             if not state.database.is_open:
                 await state.database.open()
@@ -98,7 +102,7 @@ async def _open(state: State) -> None:
             log.warning("database_unreachable")
         else:
             if found is not None:
-                state.is_ready = True
+                state.ready.set()
                 log.info("ready", schema=state.database.schema, revision=found)
                 return
             log.warning("schema_missing", schema=state.database.schema, hint="run the migrations")

@@ -46,7 +46,7 @@ mine: ColumnElement[bool] = and_(table.c.user_id == bindparam("user_id"), table.
 # ── append ──────────────────────────────────────────────────────────────────────────────────────
 
 # JSON goes in as text: in an array of JSON values, asyncpg takes a list for another dimension of the array.
-_ARRAYS: dict[str, sa.types.TypeEngine[Any]] = {
+ARRAYS: dict[str, sa.types.TypeEngine[Any]] = {
     "message_id": sa.Text(),
     "role": sa.Text(),
     "message_type": sa.Text(),
@@ -61,10 +61,10 @@ _ARRAYS: dict[str, sa.types.TypeEngine[Any]] = {
     "begins_window": sa.Boolean(),
     "canonical_hash": sa.LargeBinary(),
 }
-_JSON: dict[str, sa.types.TypeEngine[Any]] = {"content_blocks": JSON(), "native": JSON(), "metadata": JSONB()}
+JSON_ARRAYS: dict[str, sa.types.TypeEngine[Any]] = {"content_blocks": JSON(), "native": JSON(), "metadata": JSONB()}
 _new = (
-    func.unnest(*(bindparam(f"{name}_array", type_=ARRAY(kind)) for name, kind in _ARRAYS.items()))
-    .table_valued(*_ARRAYS, with_ordinality="place", name="new")
+    func.unnest(*(bindparam(f"{name}_array", type_=ARRAY(kind)) for name, kind in ARRAYS.items()))
+    .table_valued(*ARRAYS, with_ordinality="place", name="new")
     .render_derived()
 )
 _count = bindparam("count", type_=sa.Integer)
@@ -83,7 +83,7 @@ _advanced = (
     .returning(_session.c.last_seq, _session.c.last_activity)
     .cte("advanced")
 )
-_inserted = [*("user_id", "session_id", "turn_id", "created_at", "seq"), *_ARRAYS]
+_inserted = [*("user_id", "session_id", "turn_id", "created_at", "seq"), *ARRAYS]
 APPEND = (
     insert(table)
     .from_select(
@@ -94,7 +94,7 @@ APPEND = (
             bindparam("turn_id", type_=sa.Text),
             _advanced.c.last_activity,
             _advanced.c.last_seq - _count + _new.c.place,
-            *(_new.c[name].cast(_JSON[name]) if name in _JSON else _new.c[name] for name in _ARRAYS),
+            *(_new.c[name].cast(JSON_ARRAYS[name]) if name in JSON_ARRAYS else _new.c[name] for name in ARRAYS),
         ).select_from(_advanced.join(_new, sa.true())),
     )
     .returning(table.c.seq, table.c.created_at)
@@ -139,10 +139,10 @@ class Draft:
 
     def parameter(self, name: str) -> Any:
         value = self.column(name)
-        return dump_text(value) if name in _JSON and value is not None else value
+        return dump_text(value) if name in JSON_ARRAYS and value is not None else value
 
     def stored(self, user_id: str, session_id: str, seq: int, created_at: datetime) -> wire.Message:
-        own = {name: self.column(name) for name in wire.Message.model_fields if name in _ARRAYS}
+        own = {name: self.column(name) for name in wire.Message.model_fields if name in ARRAYS}
         return wire.Message.model_construct(
             **own, user_id=user_id, session_id=session_id, seq=seq, created_at=created_at, superseded_at=None
         )
@@ -200,7 +200,7 @@ async def append_drafts(
         count=len(drafts),
         tokens=sum(each.tokens_used for each in drafts),
         cost=sum((each.cost_usd for each in drafts), Decimal(0)),
-        **{f"{name}_array": [each.parameter(name) for each in drafts] for name in _ARRAYS},
+        **{f"{name}_array": [each.parameter(name) for each in drafts] for name in ARRAYS},
     )
     if not rows:
         return None

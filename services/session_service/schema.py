@@ -22,7 +22,7 @@ from sqlalchemy import (
     literal_column,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSON, JSONB, TIMESTAMP
+from sqlalchemy.dialects.postgresql import JSON, JSONB, TIMESTAMP, TSVECTOR
 from sqlalchemy.sql.elements import ColumnElement
 
 metadata = MetaData(naming_convention={"ix": "%(table_name)s_%(column_0_N_name)s_idx", "pk": "%(table_name)s_pkey"})
@@ -85,11 +85,16 @@ sessions = Table(
     # The turn opened last holds the session until it is closed or its lease has run out.
     _id("latest_turn_id", nullable=True),
     _time("lease_expires_at", nullable=True),
+    # How far the search index has come: every write moves `version`, so what lags behind it has news.
+    Column("indexed_version", BigInteger, nullable=False, server_default=text("0")),
+    _count("indexed_seq"),
+    _time("indexed_at", nullable=True),
     _time("created_at"),
     _time("updated_at"),
     _time("last_activity"),
     _time("expires_at", nullable=True),
     PrimaryKeyConstraint("user_id", "session_id", name="sessions_pkey"),
+    Index("sessions_to_index_idx", "user_id", "session_id", postgresql_where=text("indexed_version < version")),
     CheckConstraint("length(user_id) BETWEEN 1 AND 255", name="sessions_user_id_check"),
     CheckConstraint("length(session_id) BETWEEN 1 AND 255", name="sessions_session_id_check"),
     _one_of("sessions_status_check", "status", "active completed archived ended"),
@@ -221,6 +226,27 @@ session_memories = Table(
     _one_of("session_memories_memory_type_check", "memory_type", "preference conversation entity summary custom"),
     Index("session_memories_by_session_idx", "user_id", "session_id", "created_at", "memory_id"),
     Index("session_memories_by_user_idx", "user_id", "created_at", "memory_id"),
+)
+
+# Words of titles (seq 0, no memory_id), messages (seq) and memories (memory_id), as search.py asks for them.
+session_search = Table(
+    "session_search",
+    metadata,
+    _id("user_id"),
+    _id("session_id"),
+    _count("seq"),
+    Column("memory_id", Text(collation="C"), nullable=False, server_default=""),
+    Column("words", TSVECTOR, nullable=False),
+    # Past the places that a tsvector can tell apart, so that phrases cannot be judged by it.
+    Column("is_long", Boolean, nullable=False),
+    PrimaryKeyConstraint("user_id", "session_id", "seq", "memory_id", name="session_search_pkey"),
+    ForeignKeyConstraint(
+        ["user_id", "session_id"],
+        ["sessions.user_id", "sessions.session_id"],
+        name="session_search_session_fkey",
+        ondelete="CASCADE",
+    ),
+    Index("session_search_words_idx", "words", postgresql_using="gin", postgresql_with={"fastupdate": "off"}),
 )
 
 # Answers of requests with an Idempotency-Key; a row commits with the write that it answers for.

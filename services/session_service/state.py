@@ -1,5 +1,6 @@
 """What the routes of one app share."""
 
+import asyncio
 from dataclasses import dataclass, field
 
 from services.session_service.idempotency import Running
@@ -14,7 +15,7 @@ from shared.service import Lifecycle
 
 @dataclass(slots=True)
 class State:
-    """`is_ready` once the database was reached and its schema found."""
+    """`ready` is set once the database was reached and its schema found."""
 
     settings: SessionServiceSettings
     lifecycle: Lifecycle
@@ -23,9 +24,9 @@ class State:
     stats: Cached
     lines: Lines = field(default_factory=Lines)
     running: Running = field(default_factory=Running)
-    is_ready: bool = False
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
 
     def require_ready(self) -> Database:
-        if not self.is_ready:
+        if not self.ready.is_set():
             raise NotInitialized(retry_after_seconds=1)
         return self.database

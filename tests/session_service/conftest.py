@@ -1,6 +1,6 @@
 """What the black-box tests of session_service share beside tests/conftest.py."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import asyncpg
 import httpx
@@ -32,3 +32,9 @@ async def crowd(session_service: ServiceProcess) -> AsyncIterator[httpx.AsyncCli
     url = f"{session_service.url}/api/v1"
     async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False, limits=limits) as client:
         yield client
+
+
+@pytest.fixture
+def own_database(make_database: Callable[[], str]) -> str:
+    """A database for this test alone."""
+    return make_database()

@@ -5,7 +5,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from tests.session_service.calls import Chat, Json, Turn, User, check_counters, fine, said
+from tests.session_service.calls import Chat, Json, User, check_counters, fine, said
 from tests.session_service.test_limits import BIG, KIB, OBJECTS, Loc, Room, at, furnished, nested, object_of
 
 GOOD_OBJECTS: dict[str, Any] = {
@@ -152,7 +152,7 @@ async def test_a_turn_of_ten_thousand_messages(user: User, db: "asyncpg.Connecti
     "native",
     [
         None, False, True, 0, "", "x", [], {}, [[]], [1, 2, 3], [[1, 2], [3]], [None], {"z": 1, "a": {"y": [], "b": 0}},
-        12345678901234567890123456789, -(2**63), 2**64, 1.5, 1e300, "\u2028", {"": {"": ""}}, "x" * (2**20 - 2),
+        12345678901234567890123456789, -(2**63), 2**64, 1.5, 1e300, "\u2028", {"": {"": ""}},
     ],
 )  # fmt: skip
 async def test_native_is_untouched(user: User, native: Any) -> None:
@@ -170,7 +170,7 @@ async def test_native_is_untouched(user: User, native: Any) -> None:
     assert listed == turn.opened["messages"]
 
 
-def test_a_turn_holds_its_parts() -> None:
-    """The helper itself: a place in a body is where it says."""
-    assert at("messages", 0, "native")(1) == {"messages": [{"role": "user", "content": "x", "native": 1}]}
-    assert isinstance(Turn, type)
+async def test_native_of_exactly_one_mebibyte(user: User) -> None:
+    chat = await user.chat()
+    for native in ("x" * (2**20 - 2), ["😀" * (2**18 - 2) + "xxxx"]):
+        assert (await chat.append("x", native=native))["native"] == native

@@ -22,7 +22,8 @@ class CreatingRoute(StrictRoute):
     """A route whose write, given a key, is recorded with its answer and never done twice."""
 
     async def pass_on(self, request: Request, value: Any, handle: Callable[[Request], Awaitable[Response]]) -> Response:
-        key = _key(request, value)
+        user_id = request.query_params.get("user_id") or (value or {}).get("user_id")
+        key = given_key(request, user_id, _hash(value))
         if key is None:
             return await handle(request)
         state: State = request.app.state.service
@@ -33,26 +34,30 @@ class CreatingRoute(StrictRoute):
                 request.state.writer = idempotency.Once(database, key)
                 return await handle(request)
         except idempotency.Replayed as replayed:
-            headers = {"idempotent-replayed": "true"}
-            return Response(replayed.answer, headers=headers, media_type="application/json")
+            return replayed_answer(replayed)
 
 
-def _key(request: Request, value: Any) -> idempotency.Key | None:
+def _hash(value: Any) -> bytes:
+    """Of the body as a JSON value, so that its writing does not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).digest()
+
+
+def given_key(request: Request, user_id: object, body_hash: bytes) -> idempotency.Key | None:
+    """The key that came with the request, for a creating one; None where there is none."""
     sent = request.headers.get("idempotency-key")
-    if sent is None:
+    if sent is None or request.method != "POST":
         return None
     if not _VISIBLE_ASCII.fullmatch(sent):
         raise ValidationFailed.at("header", "idempotency-key", msg="A key has 1 to 255 visible ASCII characters")
-    user_id = request.query_params.get("user_id") or (value or {}).get("user_id")
     if not isinstance(user_id, str) or "\0" in user_id:
         return None  # the route says what is wrong with it
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-    return idempotency.Key(
-        user_id=user_id,
-        scope=f"{request.method} {request.url.path}",
-        idempotency_key=sent,
-        body_hash=hashlib.sha256(canonical).digest(),
-    )
+    scope = f"{request.method} {request.url.path}"
+    return idempotency.Key(user_id=user_id, scope=scope, idempotency_key=sent, body_hash=body_hash)
+
+
+def replayed_answer(replayed: idempotency.Replayed) -> Response:
+    """The stored answer, marked as such."""
+    return Response(replayed.answer, headers={"idempotent-replayed": "true"}, media_type="application/json")
 
 
 async def _writer(

@@ -51,7 +51,7 @@ async def get_ready(state: AppState) -> Response:
     """200 only when calls can be served."""
     if state.lifecycle.draining:
         return answer(_told(state, "draining"), status=503)
-    connected = state.is_ready and await _probe(state) is not None
+    connected = state.ready.is_set() and await _probe(state) is not None
     return answer(_told(state, "ready" if connected else "not_ready"), status=200 if connected else 503)
 
 

@@ -1,0 +1,285 @@
+"""The rows of an imported session: their models, and the statements that store them.
+
+Its one invariant: seqs are 1…n in the order of the file, and the session's counters are computed from its rows.
+"""
+
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import sqlalchemy as sa
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from sqlalchemy import ARRAY, bindparam, func, insert, select
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlalchemy.dialects.postgresql import insert as insert_or
+from uuid_utils import uuid7
+
+from services.session_service import messages, sessions
+from services.session_service.messages import ARRAYS, JSON_ARRAYS
+from services.session_service.schema import session_memories, session_messages, session_turns
+from services.session_service.schema import sessions as table
+from services.session_service.sessions import SECOND
+from shared import wire
+from shared.database import Conn
+from shared.errors import ValidationFailed
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _moment(value: Any) -> Any:
+    """A time with its offset; a bare number or date is none."""
+    if isinstance(value, str):
+        moment = datetime.fromisoformat(value)
+        if moment.tzinfo is not None and 1 < moment.year < 9999:
+            return moment
+    raise ValueError("A time in RFC 3339, with its offset")
+
+
+Moment = Annotated[datetime, BeforeValidator(_moment)]
+
+
+class Session(wire.Input):
+    session_id: wire.SessionId
+    title: wire.Title | None = None
+    status: wire.Status
+    metadata: wire.JsonObject
+    conversation_data: wire.JsonObject
+    session_summary: wire.Summary
+    created_at: Moment
+    updated_at: Moment
+    last_activity: Moment
+    version: Annotated[int, Field(ge=1, le=2**62)]
+    generation: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    idle_timeout_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
+    ended_reason: Literal["user", "expired"] | None = None
+
+
+class Header(wire.Input):
+    format: str
+    format_version: int
+    session: Session
+    summary_to_seq: wire.Seq | None = None
+    first_seq: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    window_start_seq: Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class Message(wire.NewMessage):
+    """A message as exported; its text is derived from its blocks, where it has any."""
+
+    message_id: wire.MessageId
+    seq: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    content: str
+    content_blocks: wire.Blocks | None = None
+    turn_id: wire.MessageId | None = None
+    created_at: Moment
+    superseded_at: Moment | None = None
+    context_tokens: wire.Tokens
+    context_tokens_reported: bool
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content_blocks is None and not self.content.strip():
+            raise ValueError("Empty or blank content")
+        return self
+
+    def draft(self) -> messages.Draft:
+        names = ("role", "message_type", "tokens_used", "cost_usd", "metadata", "native")
+        values = {name: getattr(self, name) for name in names}
+        content = self.content if self.content_blocks is None else self.content_blocks
+        new = wire.NewMessage.model_construct(content=content, message_id=self.message_id, **values)
+        return messages.draft(new, reported_tokens=self.context_tokens if self.context_tokens_reported else None)
+
+
+class Memory(wire.NewMemory):
+    memory_id: wire.MessageId
+    created_at: Moment
+    updated_at: Moment
+
+
+class Turn(wire.Input):
+    turn_id: wire.MessageId
+    status: wire.TurnStatus
+    lease_expires_at: Moment
+    opened_at: Moment
+    closed_at: Moment | None = None
+    input_from_seq: wire.Seq | None = None
+    input_to_seq: wire.Seq | None = None
+    output_from_seq: wire.Seq | None = None
+    output_to_seq: wire.Seq | None = None
+    stop_reason: str | None = None
+    model: str | None = None
+    usage: wire.JsonObject | None = None
+    cost_usd: wire.CostUsd | None = None
+    upstream: wire.JsonObject | None = None
+    error: wire.JsonObject | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the import goes."""
+
+    user_id: str
+    session_id: str
+
+    @property
+    def key(self) -> dict[str, str]:
+        return {"user_id": self.user_id, "session_id": self.session_id}
+
+
+# ── statements ──────────────────────────────────────────────────────────────────────────────────
+
+_time = TIMESTAMP(timezone=True)
+_SESSION_FIELDS: dict[str, sa.types.TypeEngine[Any]] = {
+    "title": sa.Text(),
+    "status": sa.Text(),
+    "metadata": JSONB(),
+    "conversation_data": JSONB(),
+    "session_summary": sa.Text(),
+    "created_at": _time,
+    "updated_at": _time,
+    "last_activity": _time,
+    "version": sa.BigInteger(),
+    "generation": sa.Integer(),
+    "idle_timeout_seconds": sa.Integer(),
+    "ended_reason": sa.Text(),
+    "summary_to_seq": sa.Integer(),
+    "first_seq": sa.Integer(),
+    "window_start_seq": sa.Integer(),
+}
+CREATE = (
+    insert_or(table)
+    .values(
+        user_id=bindparam("user_id"),
+        session_id=bindparam("session_id"),
+        expires_at=bindparam("last_activity", type_=_time)
+        + bindparam("idle_timeout_seconds", type_=sa.Integer) * SECOND,
+        **{name: bindparam(name, type_=kind) for name, kind in _SESSION_FIELDS.items()},
+    )
+    .on_conflict_do_nothing(index_elements=["user_id", "session_id"])
+    .returning(table.c.session_id)
+)
+
+_PLACES: dict[str, sa.types.TypeEngine[Any]] = {
+    "seq": sa.Integer(),
+    "turn_id": sa.Text(),
+    "created_at": _time,
+    "superseded_at": _time,
+}
+_columns = {**ARRAYS, **_PLACES}
+_rows = (
+    func.unnest(*(bindparam(f"{name}_array", type_=ARRAY(kind)) for name, kind in _columns.items()))
+    .table_valued(*_columns, name="imported")
+    .render_derived()
+)
+MESSAGES = insert(session_messages).from_select(
+    ["user_id", "session_id", *_columns],
+    select(
+        bindparam("user_id"),
+        bindparam("session_id"),
+        *(_rows.c[name].cast(JSON_ARRAYS[name]) if name in JSON_ARRAYS else _rows.c[name] for name in _columns),
+    ).select_from(_rows),
+)
+TAKEN = select(session_messages.c.message_id).where(
+    session_messages.c.user_id == bindparam("user_id"),
+    session_messages.c.message_id == func.any(bindparam("message_ids", type_=ARRAY(sa.Text))),
+)
+MEMORY = insert(session_memories).values(
+    user_id=bindparam("user_id"),
+    session_id=bindparam("session_id"),
+    memory_id=bindparam("memory_id"),
+    memory_type=bindparam("memory_type"),
+    content=bindparam("content"),
+    metadata=bindparam("metadata", type_=JSONB),
+    created_at=bindparam("created_at", type_=_time),
+    updated_at=bindparam("updated_at", type_=_time),
+)
+_json = JSONB(none_as_null=True)
+_TURN_FIELDS: dict[str, sa.types.TypeEngine[Any]] = {
+    **{name: sa.Text() for name in ("turn_id", "status", "lease_token", "stop_reason", "model")},
+    **{name: sa.Integer() for name in ("input_from_seq", "input_to_seq", "output_from_seq", "output_to_seq")},
+    **dict.fromkeys(("usage", "upstream", "error"), _json),
+    "lease_expires_at": _time,
+    "opened_at": _time,
+    "closed_at": _time,
+    "cost_usd": sa.Numeric(),
+}
+TURN = insert(session_turns).values(
+    user_id=bindparam("user_id"),
+    session_id=bindparam("session_id"),
+    lease_seconds=sa.literal_column("600"),
+    **{name: bindparam(name, type_=kind) for name, kind in _TURN_FIELDS.items()},
+)
+
+_sums = (
+    select(
+        func.count().filter(session_messages.c.superseded_at.is_(None)).label("visible"),
+        func.coalesce(func.max(session_messages.c.seq), 0).label("last_seq"),
+        *(
+            func.coalesce(func.sum(column).filter(condition), 0).label(name)
+            for name, column, condition in (
+                ("tokens", session_messages.c.tokens_used, sa.true()),
+                ("cost", session_messages.c.cost_usd, sa.true()),
+                ("superseded_tokens", session_messages.c.tokens_used, session_messages.c.superseded_at.is_not(None)),
+                ("superseded_cost", session_messages.c.cost_usd, session_messages.c.superseded_at.is_not(None)),
+            )
+        ),
+    )
+    .where(messages.mine)
+    .subquery("sums")
+)
+SETTLE = (
+    sa.update(table)
+    .where(sessions.mine)
+    .values(
+        message_count=_sums.c.visible,
+        last_seq=_sums.c.last_seq,
+        total_tokens=_sums.c.tokens,
+        total_cost=_sums.c.cost,
+        superseded_tokens=_sums.c.superseded_tokens,
+        superseded_cost=_sums.c.superseded_cost,
+    )
+)
+
+
+async def create(conn: Conn, target: Target, header: Header) -> bool:
+    """Whether the session was made; it is there already where not."""
+    values = {**header.session.model_dump(), **header.model_dump(exclude={"session", "format", "format_version"})}
+    fields = {name: values[name] for name in _SESSION_FIELDS}
+    return await conn.row(CREATE, **target.key, **fields) is not None
+
+
+async def _store_messages(conn: Conn, target: Target, models: list[Message], before: int) -> None:
+    if [model.seq for model in models] != list(range(before + 1, before + len(models) + 1)):
+        raise ValidationFailed.at("body", "seq", msg=f"The messages after {before} are not numbered 1, 2, 3 …")
+    drafts = [model.draft() for model in models]
+    message_ids = [draft.message_id for draft in drafts]
+    taken = {row[0] for row in await conn.rows(TAKEN, user_id=target.user_id, message_ids=message_ids)}
+    arrays = {f"{name}_array": [draft.parameter(name) for draft in drafts] for name in ARRAYS}
+    arrays["message_id_array"] = [str(uuid7()) if each in taken else each for each in message_ids]
+    arrays |= {f"{name}_array": [getattr(model, name) for model in models] for name in _PLACES}
+    await conn.rows(MESSAGES, **target.key, **arrays)
+
+
+async def _store_memories(conn: Conn, target: Target, models: list[Memory], _before: int) -> None:
+    for model in models:
+        await conn.rows(MEMORY, **target.key, **{**model.model_dump(), "metadata": model.metadata or {}})
+
+
+async def _store_turns(conn: Conn, target: Target, models: list[Turn], _before: int) -> None:
+    for model in models:
+        values = {**model.model_dump(), "lease_token": secrets.token_urlsafe(24)}
+        if model.status == "open":
+            # Whoever held it does not hold this copy.
+            values |= {"status": "expired", "closed_at": model.opened_at}
+        await conn.rows(TURN, **target.key, **values)
+
+
+Store = Callable[[Conn, Target, list[Any], int], Awaitable[None]]
+STORE: dict[str, Store] = {"messages": _store_messages, "memories": _store_memories, "turns": _store_turns}
+
+
+async def settle(conn: Conn, target: Target) -> None:
+    """Computes the session's counters from its rows."""
+    await conn.rows(SETTLE, **target.key)

@@ -1,0 +1,125 @@
+"""Words of a text, as they are searched for: the same function for what is stored and for what is asked.
+
+Its one invariant: if a query's words, in their distances, occur in a text's words, the query is in the text.
+
+Case and width are folded (NFKC, casefold). Chinese, Japanese and Korean have no blanks between words: every pair of
+neighbouring characters is a word there, so that any two characters or more are found wherever they stand. Places
+count characters in such runs and words elsewhere, and so tell distances in both.
+"""
+
+import hashlib
+import re
+import sys
+import unicodedata
+from base64 import b64encode
+from collections.abc import Iterator
+from typing import Final
+
+SEARCHED_BYTES: Final = 64 * 2**10
+LAST_PLACE: Final = 16_383
+"""The last place that a tsvector keeps apart from those behind it (PostgreSQL's limits on text search)."""
+_LONGEST_WORD: Final = 100
+
+_CJK: Final = (
+    "\u3005-\u3007\u3040-\u30ff\u3100-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff"
+    "\u1100-\u11ff\U00020000-\U000323af"
+)
+
+
+def _marks() -> str:
+    """All combining marks, as ranges of a character class: they are parts of the words that they stand in."""
+    points = [point for point in range(sys.maxunicode + 1) if unicodedata.category(chr(point)).startswith("M")]
+    ranges: list[list[int]] = []
+    for point in points:
+        if ranges and ranges[-1][1] == point - 1:
+            ranges[-1][1] = point
+        else:
+            ranges.append([point, point])
+    return "".join(f"\\U{start:08x}-\\U{end:08x}" for start, end in ranges)
+
+
+_RUNS: Final = re.compile(rf"(?P<cjk>[{_CJK}]+)|(?P<word>(?:(?![{_CJK}])[^\W_]|[{_marks()}])+)")
+
+
+def fold(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold()
+
+
+def places(text: str) -> Iterator[tuple[str, int]]:
+    """The words of a folded text with their places, from 1 on."""
+    place = 1
+    for run in _RUNS.finditer(text):
+        found = run.group()
+        if run.lastgroup == "cjk":
+            for start in range(len(found) - 1):
+                yield found[start : start + 2], place + start
+            yield found[-1], place + len(found) - 1
+            place += len(found)
+        else:
+            yield found[:_LONGEST_WORD], place
+            place += 1
+
+
+def _own(user_id: str) -> str:
+    """What makes a user's words their own: the index then holds no list that grows with other users' texts."""
+    return b64encode(hashlib.sha256(user_id.encode()).digest()[:6], altchars=b"ab").decode()
+
+
+def vector(user_id: str, text: str) -> tuple[str, bool]:
+    """The text of a tsvector, and whether the text is too long for its places to be trusted."""
+    cut = text.encode("utf-8", "replace")[:SEARCHED_BYTES].decode("utf-8", "ignore")
+    own = _own(user_id)
+    by_word: dict[str, list[int]] = {}
+    last = 0
+    for word, place in places(fold(cut)):
+        by_word.setdefault(word, []).append(min(place, LAST_PLACE))
+        last = place
+    # A tsvector keeps 256 places of a word; a word that comes more often is as good as one without place.
+    is_long = last > LAST_PLACE or any(len(found) > 255 for found in by_word.values())
+    return " ".join(f"'{own}{word}':{','.join(map(str, found[:255]))}" for word, found in by_word.items()), is_long
+
+
+# ── asking ──────────────────────────────────────────────────────────────────────────────────────
+
+_PARTS: Final = re.compile(r'"([^"]*)"|(\S+)')
+
+
+def query(user_id: str, asked: str) -> tuple[str, str] | None:
+    """Two tsqueries: the words in their distances, and the words alone; None where nothing can be searched for.
+
+    All words must occur, those in quotes as a phrase; so must the parts of what was written without a blank.
+    """
+    own = _own(user_id)
+    phrases = [_phrase(own, fold(quoted or bare)) for quoted, bare in _PARTS.findall(asked)]
+    phrases = [phrase for phrase in phrases if phrase[0]]
+    if not phrases:
+        return None
+    return " & ".join(f"({exact})" for exact, _ in phrases), " & ".join(loose for _, loose in phrases)
+
+
+def _phrase(own: str, text: str) -> tuple[str, str]:
+    found = _asked_places(text)
+    exact = ""
+    before = 0
+    for word, place in found:
+        exact += f" <{place - before}> " if exact else ""
+        exact += f"'{own}{word}'"
+        before = place
+    return exact, " & ".join(f"'{own}{word}'" for word, _ in found)
+
+
+def _asked_places(text: str) -> list[tuple[str, int]]:
+    """As `places`, without the single characters that end a run of several: their pairs say as much."""
+    found = list(places(text))
+    kept = []
+    for index, (word, place) in enumerate(found):
+        ends_pair = index > 0 and len(found[index - 1][0]) == 2 and found[index - 1][0].endswith(word)
+        if not (ends_pair and len(word) == 1 and found[index - 1][1] == place - 1):
+            kept.append((word, place))
+    return kept
+
+
+def needles(asked: str) -> list[str]:
+    """What to look for in a text to show where it matches, longest first."""
+    parts = [fold(quoted or bare).strip() for quoted, bare in _PARTS.findall(asked)]
+    return sorted({part for part in parts if part}, key=len, reverse=True)
