@@ -89,7 +89,7 @@ def _no_nul(value: str) -> str:
     return value
 
 
-QueryText = Annotated[str, AfterValidator(_no_nul)]
+QueryText = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_no_nul)]
 UserId = Annotated[str, AfterValidator(_id)]
 SessionId = Annotated[str, AfterValidator(_session_id)]
 MessageId = Annotated[str, AfterValidator(_message_id)]

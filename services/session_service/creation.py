@@ -66,6 +66,8 @@ REVIVE = (
             "status": ACTIVE,
             "ended_reason": sa.null(),
             "generation": table.c.generation + 1,
+            "session_summary": case((_restarts, ""), else_=table.c.session_summary),
+            "summary_to_seq": case((_restarts, sa.null()), else_=table.c.summary_to_seq),
             "first_seq": case((_restarts, table.c.last_seq + 1), else_=table.c.first_seq),
             "window_start_seq": case((_restarts, table.c.last_seq + 1), else_=table.c.window_start_seq),
             "title": func.coalesce(_title, table.c.title),

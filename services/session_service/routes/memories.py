@@ -23,7 +23,7 @@ from shared.errors import MemoryNotFound, SessionArchived, SessionNotFound
 router = APIRouter(route_class=CreatingRoute, tags=["memories"], prefix="/api/v1")
 
 Type = Annotated[wire.MemoryType | None, Query()]
-Text = Annotated[wire.QueryText | None, Query(max_length=256, description="Contained in the content, in any case")]
+Text = Annotated[wire.QueryText | None, Query(description="Contained in the content, in any case")]
 Limit = Annotated[int, Query(ge=1, le=200)]
 
 

@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
+from starlette.convertors import StringConvertor, register_url_convertor
 
 from services.session_service import align, batches, history, messages
 from services.session_service.routes.creating import CreatingRoute, Writes, creating_errors
@@ -32,6 +33,15 @@ from shared.errors import (
     ValidationFailed,
     VersionMismatch,
 )
+
+
+class _AnythingConvertor(StringConvertor):
+    """A message id is all the rest of the path: slashes, and a line end at its end, which `$` would pass over."""
+
+    regex = "(?s:.+)"
+
+
+register_url_convertor("anything", _AnythingConvertor())
 
 router = APIRouter(route_class=CreatingRoute, tags=["messages"], prefix="/api/v1/sessions/{session_id}")
 
@@ -118,7 +128,7 @@ async def list_messages(
 
 
 @router.get(
-    "/messages/{message_id:path}", response_model=wire.Message, responses=errors(SessionNotFound, MessageNotFound)
+    "/messages/{message_id:anything}", response_model=wire.Message, responses=errors(SessionNotFound, MessageNotFound)
 )
 async def get_message(session_id: SessionId, message_id: MessageId, user_id: UserId, db: Db) -> Response:
     return answer(await messages.get(db, user_id, session_id, message_id))

@@ -17,7 +17,7 @@ router = APIRouter(route_class=StrictRoute, tags=["search"], prefix="/api/v1")
 @router.get("/sessions/search", response_model=wire.SearchResults, responses=errors())
 async def search_sessions(
     user_id: UserId,
-    q: Annotated[wire.QueryText, Query(min_length=1, max_length=256, description='Words; "quoted" ones as a phrase')],
+    q: Annotated[wire.QueryText, Query(description='Words; "quoted" ones as a phrase')],
     db: Db,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     cursor: Cursor = None,
