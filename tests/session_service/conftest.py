@@ -7,6 +7,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from shared.http_client import http_client
 from tests.processes import ServiceProcess
 from tests.session_service.calls import User
 
@@ -28,9 +29,8 @@ def user(sessions: httpx.AsyncClient, user_id: str) -> User:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def crowd(session_service: ServiceProcess) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the shared service with as many connections as are asked for at once."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    url = f"{session_service.url}/api/v1"
-    async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False, limits=limits) as client:
+    async with http_client(read_seconds=60, connect_seconds=60) as client:
+        client.base_url = httpx.URL(f"{session_service.url}/api/v1/")
         yield client
 
 

@@ -1,0 +1,216 @@
+"""python -m services.session_service.fsck: does the record agree with itself?
+
+Its one invariant: without --repair it changes nothing; with it, only what follows from rows is written anew.
+"""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy import and_, bindparam, exists, func, literal_column, or_, select, tuple_
+
+from services.session_service.schema import OPEN, session_messages, session_turns
+from services.session_service.schema import sessions as table
+from services.session_service.settings import SessionServiceSettings
+from shared.database import Database, Row, from_settings
+from shared.errors import DatabaseUnavailable
+from shared.service import read_settings
+
+_PAGE: Final = 1_000
+
+_key = (table.c.user_id, table.c.session_id)
+_page = (
+    select(*_key)
+    .where(tuple_(*_key) > tuple_(bindparam("after_user", type_=sa.Text), bindparam("after_session", type_=sa.Text)))
+    .order_by(*_key)
+    .limit(_PAGE)
+    .subquery("page")
+)
+_superseded = session_messages.c.superseded_at.is_not(None)
+
+
+def _sum(column: Any, *conditions: Any) -> Any:
+    return func.coalesce(func.sum(column).filter(*conditions) if conditions else func.sum(column), 0)
+
+
+_rows = (
+    select(
+        _page.c.user_id,
+        _page.c.session_id,
+        func.count(session_messages.c.seq).label("rows"),
+        func.count(session_messages.c.seq).filter(~_superseded).label("message_count"),
+        func.coalesce(func.min(session_messages.c.seq), 1).label("first"),
+        func.coalesce(func.max(session_messages.c.seq), 0).label("last_seq"),
+        _sum(session_messages.c.tokens_used).label("total_tokens"),
+        _sum(session_messages.c.cost_usd).label("total_cost"),
+        _sum(session_messages.c.tokens_used, _superseded).label("superseded_tokens"),
+        _sum(session_messages.c.cost_usd, _superseded).label("superseded_cost"),
+    )
+    .select_from(
+        _page.outerjoin(
+            session_messages,
+            and_(session_messages.c.user_id == _page.c.user_id, session_messages.c.session_id == _page.c.session_id),
+        )
+    )
+    .group_by(_page.c.user_id, _page.c.session_id)
+    .subquery("counted")
+)
+COUNTERS = ("message_count", "last_seq", "total_tokens", "total_cost", "superseded_tokens", "superseded_cost")
+_open = (
+    select(session_turns.c.turn_id)
+    .where(
+        session_turns.c.user_id == table.c.user_id,
+        session_turns.c.session_id == table.c.session_id,
+        session_turns.c.status == OPEN,
+    )
+    .limit(1)
+    .scalar_subquery()
+)
+CHECK = (
+    select(
+        *_key,
+        *(table.c[name].label(name) for name in COUNTERS),
+        *(_rows.c[name].label(f"counted_{name}") for name in COUNTERS),
+        _rows.c.rows,
+        _rows.c.first,
+        table.c.lease_expires_at,
+        table.c.latest_turn_id,
+        _open.label("open_turn_id"),
+    )
+    .select_from(_rows.join(table, and_(table.c.user_id == _rows.c.user_id, table.c.session_id == _rows.c.session_id)))
+    .order_by(*_key)
+)
+_turn_of_message = exists().where(
+    session_turns.c.user_id == session_messages.c.user_id,
+    session_turns.c.session_id == session_messages.c.session_id,
+    session_turns.c.turn_id == session_messages.c.turn_id,
+)
+_end_of_turn = or_(
+    session_messages.c.seq == session_turns.c.input_to_seq, session_messages.c.seq == session_turns.c.output_to_seq
+)
+_message_of_turn = exists().where(
+    session_messages.c.user_id == session_turns.c.user_id,
+    session_messages.c.session_id == session_turns.c.session_id,
+    _end_of_turn,
+)
+ORPHAN_MESSAGES = (
+    select(session_messages.c.user_id, session_messages.c.session_id, session_messages.c.seq)
+    .where(session_messages.c.turn_id.is_not(None), ~_turn_of_message)
+    .limit(_PAGE)
+)
+ORPHAN_TURNS = (
+    select(session_turns.c.user_id, session_turns.c.session_id, session_turns.c.turn_id)
+    .where(
+        or_(session_turns.c.input_to_seq.is_not(None), session_turns.c.output_to_seq.is_not(None)), ~_message_of_turn
+    )
+    .limit(_PAGE)
+)
+
+_this = and_(table.c.user_id == bindparam("user_id"), table.c.session_id == bindparam("session_id"))
+RECOUNT = (
+    sa.update(table)
+    .where(_this)
+    .values(
+        version=table.c.version + 1,
+        **{name: bindparam(f"new_{name}", type_=table.c[name].type) for name in COUNTERS},
+    )
+)
+RELEASE = sa.update(table).where(_this).values(lease_expires_at=sa.null(), version=table.c.version + 1)
+CLOSE = (
+    sa.update(session_turns)
+    .where(
+        session_turns.c.user_id == bindparam("user_id"),
+        session_turns.c.session_id == bindparam("session_id"),
+        session_turns.c.status == OPEN,
+    )
+    .values(status=literal_column("'expired'"), closed_at=func.statement_timestamp())
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something off: in which session, what, and how it could be mended (None: not by this program)."""
+
+    user_id: str
+    session_id: str
+    problem: str
+    detail: str
+    repair: tuple[Any, dict[str, Any]] | None = None
+
+
+async def check(database: Database) -> AsyncIterator[Finding]:
+    """Everything that is off, session by session; tells its progress on standard error."""
+    after, seen = {"after_user": "", "after_session": ""}, 0
+    while rows := await database.rows(CHECK, **after):
+        for row in rows:
+            for finding in _findings(row):
+                yield finding
+        seen += len(rows)
+        sys.stderr.write(f"\r{seen} sessions checked")
+        after = {"after_user": rows[-1]["user_id"], "after_session": rows[-1]["session_id"]}
+    sys.stderr.write(f"\r{seen} sessions checked\n")
+    for row in await database.rows(ORPHAN_MESSAGES):
+        yield Finding(row["user_id"], row["session_id"], "message without its turn", f"seq {row['seq']}")
+    for row in await database.rows(ORPHAN_TURNS):
+        yield Finding(row["user_id"], row["session_id"], "turn without its messages", row["turn_id"])
+
+
+def _findings(row: Row) -> list[Finding]:
+    place = (row["user_id"], row["session_id"])
+    key = {"user_id": place[0], "session_id": place[1]}
+    found = []
+    off = [name for name in COUNTERS if row[name] != row[f"counted_{name}"]]
+    if off:
+        detail = ", ".join(f"{name} {row[name]}, by its rows {row[f'counted_{name}']}" for name in off)
+        new = {f"new_{name}": row[f"counted_{name}"] for name in COUNTERS}
+        found.append(Finding(*place, "counter differs from its rows", detail, (RECOUNT, key | new)))
+    if row["rows"] != row["counted_last_seq"] or row["first"] != 1:
+        detail = f"{row['rows']} messages, numbered {row['first']} to {row['counted_last_seq']}"
+        found.append(Finding(*place, "gap in the seqs", detail))
+    if row["open_turn_id"] is not None and row["lease_expires_at"] is None:
+        found.append(Finding(*place, "open turn without a lease", row["open_turn_id"], (CLOSE, key)))
+    if row["open_turn_id"] is None and row["lease_expires_at"] is not None:
+        found.append(Finding(*place, "lease without an open turn", str(row["latest_turn_id"]), (RELEASE, key)))
+    return found
+
+
+async def run(database: Database, *, repair: bool) -> int:
+    """Prints a table of what is off; the exit code: 0 when nothing is left that is off."""
+    await database.open()
+    left = 0
+    try:
+        async for finding in check(database):
+            mended = repair and finding.repair is not None
+            if mended and finding.repair is not None:
+                statement, values = finding.repair
+                await database.rows(statement, **values)
+            left += not mended
+            state = "repaired" if mended else "repairable" if finding.repair else "to be looked at"
+            print(f"{finding.user_id}\t{finding.session_id}\t{finding.problem}\t{finding.detail}\t{state}")  # noqa: T201
+    finally:
+        await database.close()
+    return 1 if left else 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m services.session_service.fsck",
+        description="Checks counters against rows, seqs, turns and leases. Prints a line for each thing that is off "
+        "(user, session, problem, detail, state, parted by tabs) and exits with 1 when any is left.",
+        epilog="Checking is safe at any time; use --repair only while no one writes.",
+    )
+    parser.add_argument("--repair", action="store_true", help="write counters and leases anew from the rows")
+    arguments = parser.parse_args()
+    settings = read_settings(SessionServiceSettings, "fsck")
+    try:
+        sys.exit(asyncio.run(run(from_settings(settings, "fsck"), repair=arguments.repair)))
+    except DatabaseUnavailable:
+        sys.exit("fsck: the database cannot be reached")
+
+
+if __name__ == "__main__":
+    main()
