@@ -17,13 +17,14 @@ from sqlalchemy.pool import NullPool
 from services.relay.schema import metadata as relay_metadata
 from services.session_service.schema import metadata as session_metadata
 from shared import embedded_postgres
+from shared.service import read_settings
 from shared.settings import SharedSettings
 
 # Any number that nothing else in the database uses as a lock; this one spells "sess".
 _LOCK = 0x73657373
 _LOCK_TIMEOUT = "5s"
 
-settings = SharedSettings()
+settings = read_settings(SharedSettings, "migrations")
 schema = settings.db_schema
 
 

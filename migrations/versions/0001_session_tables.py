@@ -27,6 +27,16 @@ def upgrade() -> None:
     )
     op.create_index("idempotency_records_created_at_idx", "idempotency_records", ["created_at"], unique=False)
     op.create_table(
+        "session_totals",
+        sa.Column("user_id", sa.Text(collation="C"), nullable=False),
+        sa.Column("sessions", sa.BigInteger(), nullable=False),
+        sa.Column("active", sa.BigInteger(), nullable=False),
+        sa.Column("messages", sa.BigInteger(), nullable=False),
+        sa.Column("tokens", sa.BigInteger(), nullable=False),
+        sa.Column("cost", sa.Numeric(precision=18, scale=6), server_default=sa.text("0"), nullable=False),
+        sa.PrimaryKeyConstraint("user_id", name="session_totals_pkey"),
+    )
+    op.create_table(
         "sessions",
         sa.Column("user_id", sa.Text(collation="C"), nullable=False),
         sa.Column("session_id", sa.Text(collation="C"), nullable=False),
@@ -57,6 +67,13 @@ def upgrade() -> None:
         sa.Column("indexed_version", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("indexed_seq", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("indexed_at", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.Column("rewinds", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("counted", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column("counted_active", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column("counted_messages", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        sa.Column("counted_tokens", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
+        sa.Column("counted_cost", sa.Numeric(precision=18, scale=6), server_default=sa.text("0"), nullable=False),
+        sa.Column("counted_to", postgresql.TIMESTAMP(timezone=True), nullable=True),
         sa.Column("created_at", postgresql.TIMESTAMP(timezone=True), nullable=False),
         sa.Column("updated_at", postgresql.TIMESTAMP(timezone=True), nullable=False),
         sa.Column("last_activity", postgresql.TIMESTAMP(timezone=True), nullable=False),
@@ -91,6 +108,18 @@ def upgrade() -> None:
         ["user_id", "session_id"],
         unique=False,
         postgresql_where=sa.text("indexed_version < version"),
+    )
+    op.create_table(
+        "usage_buckets",
+        sa.Column("user_id", sa.Text(collation="C"), nullable=False),
+        sa.Column("bucket", sa.Text(), nullable=False),
+        sa.Column("start", postgresql.TIMESTAMP(timezone=True), nullable=False),
+        sa.Column("messages", sa.BigInteger(), nullable=False),
+        sa.Column("tokens", sa.BigInteger(), nullable=False),
+        sa.Column("cost", sa.Numeric(precision=18, scale=6), server_default=sa.text("0"), nullable=False),
+        sa.Column("active_sessions", sa.BigInteger(), nullable=False),
+        sa.CheckConstraint("bucket IN ('hour', 'day', 'month')", name="usage_buckets_bucket_check"),
+        sa.PrimaryKeyConstraint("user_id", "bucket", "start", name="usage_buckets_pkey"),
     )
     op.create_table(
         "session_memories",
@@ -270,11 +299,13 @@ def downgrade() -> None:
     op.drop_index("session_memories_by_user_idx", table_name="session_memories")
     op.drop_index("session_memories_by_session_idx", table_name="session_memories")
     op.drop_table("session_memories")
+    op.drop_table("usage_buckets")
     op.drop_index("sessions_to_index_idx", table_name="sessions", postgresql_where=sa.text("indexed_version < version"))
     op.drop_index("sessions_lease_idx", table_name="sessions", postgresql_where=sa.text("lease_expires_at IS NOT NULL"))
     op.drop_index("sessions_expiry_idx", table_name="sessions", postgresql_where=sa.text("status = 'active'"))
     op.drop_index("sessions_by_last_activity_idx", table_name="sessions")
     op.drop_index("sessions_by_created_at_idx", table_name="sessions")
     op.drop_table("sessions")
+    op.drop_table("session_totals")
     op.drop_index("idempotency_records_created_at_idx", table_name="idempotency_records")
     op.drop_table("idempotency_records")

@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Scope
 
-from services.session_service import indexing, retention, revision
+from services.session_service import news, retention, revision
 from services.session_service.errors import BY_CONSTRAINT
 from services.session_service.metrics import Metrics
 from services.session_service.routes import health, memories, messages, search, sessions, stats, transfer, turns
@@ -73,8 +73,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             state.database, interval_seconds=settings.sweep_interval_seconds, expired_total=state.metrics.expired
         ),
     ]
-    if settings.index_interval_seconds:
-        work.append(_index(state))
+    if settings.news_interval_seconds:
+        work.append(_keep_up(state))
     beside = [asyncio.create_task(each) for each in work]
     try:
         yield
@@ -86,9 +86,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await state.database.close()
 
 
-async def _index(state: State) -> None:
+async def _keep_up(state: State) -> None:
     await state.ready.wait()
-    await indexing.keep_indexing(state.database, interval_seconds=state.settings.index_interval_seconds)
+    await news.keep_up(state.database, interval_seconds=state.settings.news_interval_seconds)
 
 
 async def _open(state: State) -> None:

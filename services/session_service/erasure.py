@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy import bindparam, delete, select, tuple_
 from sqlalchemy.sql.dml import ReturningDelete
 
-from services.session_service import sessions
+from services.session_service import counting, sessions
 from services.session_service.schema import (
     idempotency_records,
     session_memories,
@@ -57,6 +57,7 @@ async def erase(database: Database, user_id: str) -> dict[str, int]:
                 deleted[name] += count
     while await database.rows(RECORDS, user_id=user_id):
         continue
+    await database.transact(lambda conn: counting.forget_user(conn, user_id))
     return deleted
 
 
@@ -75,6 +76,7 @@ async def _erase_session(database: Database, user_id: str, session_id: str) -> d
             rest[name] = 0
             while rows := await conn.rows(statement, **key):
                 rest[name] += len(rows)
+        await counting.forget_session(conn, key)
         rest["sessions"] = len(await conn.rows(SESSION, **key))
         return rest
 

@@ -118,6 +118,9 @@ async def fork(writer: Writer, user_id: str, session_id: str, wanted: wire.Fork)
 async def _summary(conn: Conn, held: Detail, at_seq: int) -> tuple[str, int | None]:
     """The summary and the seq in the fork that it reaches to; none when it tells of more than the fork has."""
     to_seq = held.summary_to_seq
-    if to_seq is None or to_seq > at_seq:
+    if to_seq is None:
         return "", None
-    return held.session.session_summary, await conn.value(COUNT, **held.key, at_seq=to_seq)
+    told = await conn.value(COUNT, **held.key, at_seq=to_seq)
+    if told > await conn.value(COUNT, **held.key, at_seq=min(at_seq, to_seq)):
+        return "", None
+    return held.session.session_summary, told

@@ -40,6 +40,10 @@ def _moment(value: Any) -> Any:
 Moment = Annotated[datetime, BeforeValidator(_moment)]
 
 
+# Ids that the service made are UUIDs; whatever else a file says must still fit into an index.
+MadeId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,255}$")]
+
+
 class Session(wire.Input):
     session_id: wire.SessionId
     title: wire.Title | None = None
@@ -72,7 +76,7 @@ class Message(wire.NewMessage):
     seq: Annotated[int, Field(ge=1, le=2**31 - 1)]
     content: str
     content_blocks: wire.Blocks | None = None
-    turn_id: wire.MessageId | None = None
+    turn_id: MadeId | None = None
     created_at: Moment
     superseded_at: Moment | None = None
     context_tokens: wire.Tokens
@@ -93,13 +97,13 @@ class Message(wire.NewMessage):
 
 
 class Memory(wire.NewMemory):
-    memory_id: wire.MessageId
+    memory_id: MadeId
     created_at: Moment
     updated_at: Moment
 
 
 class Turn(wire.Input):
-    turn_id: wire.MessageId
+    turn_id: MadeId
     status: wire.TurnStatus
     lease_expires_at: Moment
     opened_at: Moment

@@ -8,6 +8,7 @@ extended thinking.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Final
 
 from shared import wire
@@ -20,12 +21,14 @@ _THINKING: Final = frozenset({"thinking", "redacted_thinking"})
 _NEEDED: Final[dict[str, dict[str, type]]] = {
     "tool_use": {"id": str, "name": str, "input": dict},
     "server_tool_use": {"id": str, "name": str, "input": dict},
+    "mcp_tool_use": {"id": str, "name": str, "input": dict},
     "redacted_thinking": {"data": str},
     "thinking": {"thinking": str},
     "image": {"source": dict},
     "document": {"source": dict},
 }
-_ONLY_ASSISTANT: Final = frozenset({"tool_use", "server_tool_use", "thinking", "redacted_thinking"})
+_SERVER_CALLS: Final = frozenset({"server_tool_use", "mcp_tool_use"})
+_ONLY_ASSISTANT: Final = frozenset({"tool_use", *_SERVER_CALLS, *_THINKING})
 _ONLY_USER: Final = frozenset({"tool_result", "image", "document", "search_result", "container_upload"})
 
 
@@ -113,7 +116,8 @@ def _unfit(block: Block, role: str) -> str | None:
     kind = block.get("type")
     if block.get("incomplete") is True:
         return "incomplete_block"
-    if (kind in _ONLY_ASSISTANT and role != "assistant") or (kind in _ONLY_USER and role != "user"):
+    is_assistants = kind in _ONLY_ASSISTANT or str(kind).endswith("_tool_result")
+    if (is_assistants and role != "assistant") or (kind in _ONLY_USER and role != "user"):
         return "misplaced_block"
     if _is_empty_text(block):
         return "empty_text"
@@ -139,13 +143,18 @@ class _Pairs:
 
     def problem(self, block: Block, served_here: set[str]) -> str | None:
         """Why the block cannot stand after what came before, or None; takes note of it then."""
-        if block["type"] in {"tool_use", "server_tool_use"}:
+        kind = block["type"]
+        if kind == "tool_use" or kind in _SERVER_CALLS:
             if block["id"] in self.called or block["id"] in self.called_here:
                 return "duplicate_tool_use"
             self.called_here.add(block["id"])
-            if block["type"] == "server_tool_use" and block["id"] not in served_here:
+            if kind in _SERVER_CALLS and block["id"] not in served_here:
                 return "unfinished_server_tool_use"
-        elif block["type"] == "tool_result":
+        elif kind.endswith("_tool_result"):  # a server's tool answers in the message of its call
+            if block.get("tool_use_id") not in self.called_here or block["tool_use_id"] in self.answered_here:
+                return "orphan_tool_result"
+            self.answered_here.add(block["tool_use_id"])
+        elif kind == "tool_result":
             if block["tool_use_id"] not in self.called:
                 return "orphan_tool_result"
             if block["tool_use_id"] in self.answered or block["tool_use_id"] in self.answered_here:
@@ -227,7 +236,7 @@ def _place_results(groups: list[_Group], done: Repaired) -> None:
     for group in groups:
         results |= {block["tool_use_id"]: (block, group) for block in group.blocks if block["type"] == "tool_result"}
         group.blocks = [block for block in group.blocks if block["type"] != "tool_result"]
-    for group, following in zip(groups, [*groups[1:], None], strict=True):
+    for group, following in zip_longest(groups, groups[1:]):
         calls = [block["id"] for block in group.blocks if block["type"] == "tool_use"]
         if following is None:
             done.pending_tool_calls = calls

@@ -89,6 +89,9 @@ async def keep_sweeping(database: Database, *, interval_seconds: float, expired_
         except Unavailable:
             log.warning("sweep_failed", reason="database_unavailable")
             continue
+        except Exception:  # whatever it is, the next round must come
+            log.exception("sweep_failed")
+            continue
         expired_total.inc(ended)
         if ended or turns:
             log.info("swept", sessions_ended=ended, turns_closed=turns)

@@ -4,9 +4,10 @@ Its one invariant: message_count is the number of messages that are not supersed
 """
 
 import sqlalchemy as sa
-from sqlalchemy import and_, bindparam, case, func, select
+from sqlalchemy import bindparam, case, func, select
 from sqlalchemy.sql.elements import ColumnElement
 
+from services.session_service import counting
 from services.session_service.leases import close_overdue
 from services.session_service.schema import session_messages
 from services.session_service.schema import sessions as table
@@ -27,13 +28,15 @@ _superseded = (
         session_messages.c.superseded_at.is_(None),
     )
     .values(superseded_at=NOW)
-    .returning(session_messages.c.tokens_used, session_messages.c.cost_usd)
+    .returning(session_messages.c.seq, session_messages.c.tokens_used, session_messages.c.cost_usd)
     .cte("superseded")
 )
 _count = select(func.count()).select_from(_superseded).scalar_subquery()
 _tokens = select(func.coalesce(func.sum(_superseded.c.tokens_used), 0)).scalar_subquery()
 _cost = select(func.coalesce(func.sum(_superseded.c.cost_usd), 0)).scalar_subquery()
-_covers_one: ColumnElement[bool] = and_(table.c.summary_to_seq >= _from_seq, _count > 0)
+_covers_one: ColumnElement[bool] = (
+    select(_superseded.c.seq).where(_superseded.c.seq <= table.c.summary_to_seq).correlate(table).exists()
+)
 _is_behind_window = table.c.window_start_seq >= _from_seq
 SUPERSEDE = (
     sa.update(table)
@@ -49,6 +52,8 @@ SUPERSEDE = (
         window_start_seq=case(
             (table.c.window_start_seq >= _from_seq, table.c.first_seq), else_=table.c.window_start_seq
         ),
+        rewinds=table.c.rewinds + 1,
+        counted_to=counting.COUNTED_TO,
         updated_at=NOW,
         version=table.c.version + 1,
     )
@@ -59,6 +64,7 @@ SUPERSEDE = (
 async def supersede(conn: Conn, locked: Detail, *, from_seq: int, to_seq: int | None = None) -> wire.Session:
     """The session after its visible messages in from_seq…to_seq (default: the last) have been taken back."""
     last = locked.last_seq if to_seq is None else to_seq
+    await counting.take_out(conn, locked.key, from_seq=from_seq, to_seq=last)
     return from_row(await conn.row(SUPERSEDE, **locked.key, from_seq=from_seq, to_seq=last))
 
 

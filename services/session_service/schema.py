@@ -89,6 +89,15 @@ sessions = Table(
     Column("indexed_version", BigInteger, nullable=False, server_default=text("0")),
     _count("indexed_seq"),
     _time("indexed_at", nullable=True),
+    # How often messages were taken back; who counts messages sees by it that what it read still holds.
+    _count("rewinds"),
+    # What of this session is in session_totals and usage_buckets.
+    Column("counted", Boolean, nullable=False, server_default=text("false")),
+    Column("counted_active", Boolean, nullable=False, server_default=text("false")),
+    _count("counted_messages"),
+    Column("counted_tokens", BigInteger, nullable=False, server_default=text("0")),
+    _cost("counted_cost"),
+    _time("counted_to", nullable=True),
     _time("created_at"),
     _time("updated_at"),
     _time("last_activity"),
@@ -247,6 +256,34 @@ session_search = Table(
         ondelete="CASCADE",
     ),
     Index("session_search_words_idx", "words", postgresql_using="gin", postgresql_with={"fastupdate": "off"}),
+)
+
+# Sums over a user's sessions, and under the user '' over all; moved beside the request path, by differences.
+session_totals = Table(
+    "session_totals",
+    metadata,
+    _id("user_id"),
+    Column("sessions", BigInteger, nullable=False),
+    Column("active", BigInteger, nullable=False),
+    Column("messages", BigInteger, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    _cost("cost"),
+    PrimaryKeyConstraint("user_id", name="session_totals_pkey"),
+)
+
+# Visible messages by UTC hour, day and month, of each user and, under the user '', of all.
+usage_buckets = Table(
+    "usage_buckets",
+    metadata,
+    _id("user_id"),
+    Column("bucket", Text, nullable=False),
+    _time("start"),
+    Column("messages", BigInteger, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    _cost("cost"),
+    Column("active_sessions", BigInteger, nullable=False),
+    PrimaryKeyConstraint("user_id", "bucket", "start", name="usage_buckets_pkey"),
+    _one_of("usage_buckets_bucket_check", "bucket", "hour day month"),
 )
 
 # Answers of requests with an Idempotency-Key; a row commits with the write that it answers for.

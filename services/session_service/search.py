@@ -154,14 +154,13 @@ async def search(conn: Conn, user_id: str, asked: str, *, limit: int, cursor: st
     )
     page = rows[:limit]
     hits = await conn.rows(HITS, **terms, session_ids=[row["session_id"] for row in page]) if page else []
-    needles = words.needles(asked)
     results = [
         wire.SearchResult.model_construct(
             session_id=row["session_id"],
             title=row["title"],
             score=row["score"],
             last_activity=row["last_activity"],
-            snippets=[_snippet(hit, needles) for hit in hits if hit["session_id"] == row["session_id"]],
+            snippets=[_snippet(hit, asked) for hit in hits if hit["session_id"] == row["session_id"]],
         )
         for row in page
     ]
@@ -170,13 +169,10 @@ async def search(conn: Conn, user_id: str, asked: str, *, limit: int, cursor: st
     return wire.SearchResults.model_construct(results=results, next_cursor=next_cursor)
 
 
-def _snippet(hit: Any, needles: list[str]) -> wire.Snippet:
+def _snippet(hit: Any, asked: str) -> wire.Snippet:
     """The text around the first match, with where it stands."""
     content: str = hit["content"]
-    # Folding may change lengths; then the place is only about right, which is enough to show it.
-    folded = words.fold(content)
-    at = next((place for needle in needles if (place := folded.find(needle)) >= 0), 0)
-    start = max(0, at - _BEFORE_MATCH)
+    start = max(0, words.find(asked, content) - _BEFORE_MATCH)
     text = content[start : start + _SNIPPET_CHARACTERS].strip()
     prefix, suffix = "…" if start else "", "…" if start + _SNIPPET_CHARACTERS < len(content) else ""
     return wire.Snippet(text=f"{prefix}{text}{suffix}", seq=hit["seq"] or None, memory_id=hit["memory_id"] or None)

@@ -96,7 +96,8 @@ _DETAILS = (
 
 GET = select(*COLUMNS).where(mine)
 LOOK = select(*COLUMNS, *_DETAILS).where(mine)
-LOCK = LOOK.with_for_update()
+# Keys never change, so that rows that refer to this one need not wait for it.
+LOCK = LOOK.with_for_update(key_share=True)
 EXPIRE = (
     sa.update(table)
     .where(mine, expired)
@@ -177,11 +178,11 @@ async def lock(conn: Conn, user_id: str, session_id: str, if_match: IfVersion | 
     Raises SessionNotFound, or VersionMismatch by `if_match`.
     """
     row = await conn.row(LOCK, user_id=user_id, session_id=session_id)
-    if row is not None and row["is_expired"]:
-        row = await conn.row(EXPIRE, user_id=user_id, session_id=session_id) or row
     detail = _detail(row)
     if if_match is not None:
         if_match.require(detail.session)
+    if row is not None and row["is_expired"]:
+        detail = _detail(await conn.row(EXPIRE, user_id=user_id, session_id=session_id) or row)
     return detail
 
 

@@ -18,7 +18,7 @@ class SessionServiceSettings(SharedSettings):
     limits: Limits = Limits()
     context_max_tokens: int = Field(100_000, ge=1)
     sweep_interval_seconds: float = Field(300, gt=0)
-    index_interval_seconds: float = Field(0.5, ge=0, description="0: this instance does not index for search")
+    news_interval_seconds: float = Field(0.5, ge=0, description="Search index and sums; 0: not by this instance")
     stats_cache_seconds: float = Field(5, ge=0, le=5)
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ import sys
 import unicodedata
 from base64 import b64encode
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, Literal, NamedTuple
 
 SEARCHED_BYTES: Final = 64 * 2**10
 LAST_PLACE: Final = 16_383
@@ -41,23 +41,42 @@ def _marks() -> str:
 _RUNS: Final = re.compile(rf"(?P<cjk>[{_CJK}]+)|(?P<word>(?:(?![{_CJK}])[^\W_]|[{_marks()}])+)")
 
 
+# Characters that show nothing by themselves (variation selectors, joiners, soft hyphens): words go on across them.
+_IGNORED: Final = re.compile("[\u00ad\u200b-\u200d\u2060\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]")
+
+
 def fold(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).casefold()
+    return unicodedata.normalize("NFKC", _IGNORED.sub("", text)).casefold()
 
 
-def places(text: str) -> Iterator[tuple[str, int]]:
+class Word(NamedTuple):
+    """A word at its place. `kind` tells a pair of a CJK run from the run's last character, and from a word."""
+
+    text: str
+    place: int
+    kind: Literal["word", "pair", "end", "single"]
+
+
+def places(text: str) -> Iterator[Word]:
     """The words of a folded text with their places, from 1 on."""
     place = 1
     for run in _RUNS.finditer(text):
         found = run.group()
         if run.lastgroup == "cjk":
             for start in range(len(found) - 1):
-                yield found[start : start + 2], place + start
-            yield found[-1], place + len(found) - 1
+                yield Word(found[start : start + 2], place + start, "pair")
+            yield Word(found[-1], place + len(found) - 1, "end" if len(found) > 1 else "single")
             place += len(found)
         else:
-            yield found[:_LONGEST_WORD], place
+            yield Word(_short(found), place, "word")
             place += 1
+
+
+def _short(word: str) -> str:
+    """The word, or for a very long one something of its own that fits into the index."""
+    if len(word) <= _LONGEST_WORD:
+        return word
+    return word[:_LONGEST_WORD] + hashlib.sha256(word.encode()).hexdigest()[:16]
 
 
 def _own(user_id: str) -> str:
@@ -71,7 +90,7 @@ def vector(user_id: str, text: str) -> tuple[str, bool]:
     own = _own(user_id)
     by_word: dict[str, list[int]] = {}
     last = 0
-    for word, place in places(fold(cut)):
+    for word, place, _ in places(fold(cut)):
         by_word.setdefault(word, []).append(min(place, LAST_PLACE))
         last = place
     # A tsvector keeps 256 places of a word; a word that comes more often is as good as one without place.
@@ -90,36 +109,50 @@ def query(user_id: str, asked: str) -> tuple[str, str] | None:
     All words must occur, those in quotes as a phrase; so must the parts of what was written without a blank.
     """
     own = _own(user_id)
-    phrases = [_phrase(own, fold(quoted or bare)) for quoted, bare in _PARTS.findall(asked)]
+    phrases = [_phrase(own, fold(part)) for part in _parts(asked)]
     phrases = [phrase for phrase in phrases if phrase[0]]
     if not phrases:
         return None
     return " & ".join(f"({exact})" for exact, _ in phrases), " & ".join(loose for _, loose in phrases)
 
 
+def _parts(asked: str) -> list[str]:
+    return [quoted or bare for quoted, bare in _PARTS.findall(asked)]
+
+
+def _asked(text: str) -> list[Word]:
+    """As `places`, without the last characters of runs: the pairs before them say as much."""
+    return [word for word in places(text) if word.kind != "end"]
+
+
 def _phrase(own: str, text: str) -> tuple[str, str]:
-    found = _asked_places(text)
+    found = _asked(text)
+    # A character by itself is the first of a pair, or the last of a run: what begins with it is both.
+    lexemes = [f"'{own}{word.text}'" + (":*" if word.kind == "single" else "") for word in found]
     exact = ""
-    before = 0
-    for word, place in found:
-        exact += f" <{place - before}> " if exact else ""
-        exact += f"'{own}{word}'"
-        before = place
-    return exact, " & ".join(f"'{own}{word}'" for word, _ in found)
+    for index, (word, lexeme) in enumerate(zip(found, lexemes, strict=True)):
+        exact += f" <{word.place - found[index - 1].place}> " if index else ""
+        exact += lexeme
+    return exact, " & ".join(lexemes)
 
 
-def _asked_places(text: str) -> list[tuple[str, int]]:
-    """As `places`, without the single characters that end a run of several: their pairs say as much."""
-    found = list(places(text))
-    kept = []
-    for index, (word, place) in enumerate(found):
-        ends_pair = index > 0 and len(found[index - 1][0]) == 2 and found[index - 1][0].endswith(word)
-        if not (ends_pair and len(word) == 1 and found[index - 1][1] == place - 1):
-            kept.append((word, place))
-    return kept
+def find(asked: str, text: str) -> int:
+    """About where in `text` a query's first match stands: of a whole part of it, else of one of its words; else 0."""
+    folded, origins = _folded_with_origins(text)
+    whole = sorted({fold(part).strip() for part in _parts(asked)}, key=len, reverse=True)
+    words = [word.text for part in _parts(asked) for word in _asked(fold(part))]
+    for needle in [*whole, *words]:
+        if needle and (place := folded.find(needle)) >= 0:
+            return origins[place]
+    return 0
 
 
-def needles(asked: str) -> list[str]:
-    """What to look for in a text to show where it matches, longest first."""
-    parts = [fold(quoted or bare).strip() for quoted, bare in _PARTS.findall(asked)]
-    return sorted({part for part in parts if part}, key=len, reverse=True)
+def _folded_with_origins(text: str) -> tuple[str, list[int]]:
+    """The folded text, and for each of its characters where it comes from; character by character."""
+    pieces: list[str] = []
+    origins: list[int] = []
+    for place, character in enumerate(text):
+        piece = character.lower() if character.isascii() else fold(character)
+        pieces.append(piece)
+        origins += [place] * len(piece)
+    return "".join(pieces), origins

@@ -46,10 +46,13 @@ def start(data_dir: Path) -> str:
     with _locked(data_dir):
         if not is_running(data_dir):
             programs = _programs(data_dir)
+            new = not (data_dir / "PG_VERSION").exists()
+            if new and data_dir.exists() and any(data_dir.iterdir()):
+                raise EmbeddedPostgresFailed(f"{data_dir} is not empty, and holds no Postgres data")
             user = account.server_user()
             if user:
                 account.let_in(user, data_dir.parent, programs)
-            if not (data_dir / "PG_VERSION").exists():
+            if new:
                 _make(data_dir, programs, user)
             _launch(data_dir, programs, user)
     return url(data_dir)
@@ -68,6 +71,8 @@ def stop(data_dir: Path) -> None:
             if time.monotonic() > deadline:
                 raise EmbeddedPostgresFailed(f"Postgres in {data_dir} did not stop within {STOP_SECONDS} s")
             time.sleep(0.02)
+    with contextlib.suppress(OSError):  # there may be none, and the next start makes it again
+        _short_dir(data_dir).rmdir()
 
 
 def is_running(data_dir: Path) -> bool:
@@ -149,8 +154,6 @@ def _locked(data_dir: Path) -> Iterator[None]:
 
 def _make(data_dir: Path, programs: Path, user: pwd.struct_passwd | None) -> None:
     """Makes the data directory beside its place and moves it there: half of one is never found."""
-    if data_dir.exists() and any(data_dir.iterdir()):
-        raise EmbeddedPostgresFailed(f"{data_dir} is not empty, and holds no Postgres data")
     fresh = data_dir.with_name(data_dir.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(mode=0o700)
@@ -199,7 +202,7 @@ def _socket_dir(data_dir: Path, user: pwd.struct_passwd | None) -> Path:
     """The data directory, or where that is too long a path for a socket, a private one with a short name."""
     if len(os.fsencode(data_dir / SOCKET_NAME)) <= SOCKET_PATH_BYTES:
         return data_dir
-    short = Path(tempfile.gettempdir(), "postgres-" + hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:16])
+    short = _short_dir(data_dir)
     owner = user.pw_uid if user else os.geteuid()
     with contextlib.suppress(FileExistsError):
         short.mkdir(mode=0o700)
@@ -208,6 +211,10 @@ def _socket_dir(data_dir: Path, user: pwd.struct_passwd | None) -> Path:
     if found.st_uid != owner or found.st_mode & 0o170077 != 0o040000:
         raise EmbeddedPostgresFailed(f"{short} is not a private directory of the server's user: remove it")
     return short
+
+
+def _short_dir(data_dir: Path) -> Path:
+    return Path(tempfile.gettempdir(), "postgres-" + hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:16])
 
 
 def _reason(said: str) -> str:

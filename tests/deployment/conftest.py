@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,8 +75,17 @@ def table(output: str) -> dict[str, tuple[str, str, str]]:
 
 
 @pytest.fixture
-def stack(tmp_path: Path) -> Iterator[Stack]:
-    made = Stack(tmp_path / "data")
+def folder() -> Iterator[Path]:
+    """A folder that only its owner may enter. pytest's own is closed anew by each pytest that starts beside this
+    one, which would lock out a server that runs as another user.
+    """
+    with tempfile.TemporaryDirectory(prefix="deployment-") as made:
+        yield Path(made)
+
+
+@pytest.fixture
+def stack(folder: Path) -> Iterator[Stack]:
+    made = Stack(folder / "data")
     yield made
     if (made.data_dir / "run").exists():
         made.run("stop")

@@ -18,8 +18,8 @@ from tests.deployment.conftest import ROOT
 
 
 @pytest.fixture
-def data_dir(tmp_path: Path) -> Iterator[Path]:
-    directory = tmp_path / "state" / "postgres"
+def data_dir(folder: Path) -> Iterator[Path]:
+    directory = folder / "state" / "postgres"
     yield directory
     embedded_postgres.stop(directory)
     assert not embedded_postgres.is_running(directory)
@@ -34,6 +34,16 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=60,
         cwd=ROOT,
     )
+
+
+async def test_it_works_where_only_the_owner_may_enter(data_dir: Path) -> None:
+    assert data_dir.parents[1].stat().st_mode & 0o077 == 0
+    embedded_postgres.start(data_dir)
+    data_dir.parents[1].chmod(0o700)  # closed again, as some programs do with theirs
+    embedded_postgres.stop(data_dir)
+    connection = await asyncpg.connect(embedded_postgres.start(data_dir))
+    assert await connection.fetchval("SELECT 1") == 1
+    await connection.close()
 
 
 async def test_it_outlives_the_process_that_started_it_and_is_found_again(data_dir: Path) -> None:
@@ -89,8 +99,8 @@ def test_a_process_id_that_went_to_another_program_is_not_taken_for_the_server(d
     assert embedded_postgres.pid(data_dir) not in {None, os.getpid()}
 
 
-async def test_a_path_too_long_for_a_socket_gets_a_private_short_one(tmp_path: Path) -> None:
-    data_dir = tmp_path / ("long-" * 25) / "postgres"
+async def test_a_path_too_long_for_a_socket_gets_a_private_short_one(folder: Path) -> None:
+    data_dir = folder / ("long-" * 25) / "postgres"
     connection = await asyncpg.connect(embedded_postgres.start(data_dir))
     assert await connection.fetchval("SELECT 1") == 1
     await connection.close()

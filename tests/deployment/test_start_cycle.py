@@ -9,7 +9,7 @@ import time
 import urllib.request
 from typing import Any
 
-from tests.deployment.conftest import Stack, table
+from tests.deployment.conftest import Stack, free_ports, table
 
 
 def get(url: str) -> Any:
@@ -45,15 +45,17 @@ def test_start_use_restart_and_stop(stack: Stack) -> None:
     assert time.monotonic() - began < 3
     assert stack.run("status").returncode == 0
 
-    # One service comes and goes alone.
-    restarted = table(stack.run("restart", "session_service").stdout)
-    assert restarted["session_service"][1] != rows["session_service"][1]
-    assert {name: restarted[name] for name in rows if name != "session_service"} == {
+    # One service moves to another port; the others go on, and find it there.
+    (port,) = free_ports(1)
+    moved = table(stack.run("restart", "session_service", SERVICE_PORT=str(port)).stdout)
+    assert moved["session_service"][0] == str(port)
+    assert {name: moved[name] for name in rows if name != "session_service"} == {
         name: rows[name] for name in rows if name != "session_service"
     }
     assert "Ada" in paste(lines[1])
     consul = f"http://127.0.0.1:{stack.consul_port}/v1/health/service/session_service?passing"
-    assert [entry["Service"]["Port"] for entry in get(consul)] == [stack.session_port]
+    assert [entry["Service"]["Port"] for entry in get(consul)] == [port]
+    assert table(stack.run("status").stdout) == moved
 
     # One that was killed is missed, and started again.
     os.kill(int(rows["relay"][1]), signal.SIGKILL)

@@ -121,7 +121,7 @@ async def test_an_open_turn_outlives_the_process(own_database: str, scratch: Pat
 async def test_a_waiter_does_not_hold_up_the_end(own_database: str, scratch: Path) -> None:
     """SIGTERM while someone waits for a busy session: an answer comes, and the process ends within its time."""
     port = free_port()
-    with start_session_service(own_database, scratch, port, GRACEFUL_STOP_SECONDS="3") as service:
+    with start_session_service(own_database, scratch, port, GRACEFUL_STOP_SECONDS="1") as service:
         async with client_of(port) as client:
             chat = Chat(User(client, new_user_id()), "s")
             turn = await chat.open(said("q"), create_session={})

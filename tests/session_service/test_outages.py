@@ -21,7 +21,7 @@ from tests.processes import ServiceProcess, free_port, start_session_service
 from tests.session_service.calls import Chat, Json, User, check_counters, fine, new_user_id, refused, said
 from tests.session_service.test_durability import append_until_it_fails, stored
 
-TIMEOUTS = {"DATABASE_TIMEOUT_SECONDS": "1", "DATABASE_CONNECT_TIMEOUT_SECONDS": "1"}
+TIMEOUTS = {"DATABASE_TIMEOUT_SECONDS": "0.5", "DATABASE_CONNECT_TIMEOUT_SECONDS": "0.5"}
 QUICKLY_SECONDS = 4.0
 
 

@@ -2,8 +2,8 @@
 # Processes that outlive the script: started, found again, stopped. Sourced after common.sh, with RUN_DIR and
 # LOG_DIR set.
 #
-# A pid file holds the process id and the moment the process began, so that another process which got the same
-# id later is never taken for ours.
+# A pid file holds the process id, the moment the process began, so that another process which got the same id
+# later is never taken for ours, and the port, which may be another one than the settings name now.
 
 declare -A LOG_BEGAN=() # service -> size of its log when this call started it
 STARTED=()              # what this call started, in order
@@ -18,14 +18,14 @@ began_at() { # PID; prints when it began, in clock ticks since boot; fails when 
 # Prints the pid of a service that this script started and that still runs.
 pid_of() { # SERVICE
     local pid began
-    read -r pid began 2>/dev/null <"$RUN_DIR/$1.pid" || return 1
+    { read -r pid began _ <"$RUN_DIR/$1.pid"; } 2>/dev/null || return 1
     [[ -n $began && $(began_at "$pid") == "$began" ]] && printf '%s' "$pid"
 }
 
 runs() { pid_of "$1" >/dev/null; }
 
 remember() { # SERVICE, PID
-    printf '%s %s\n' "$2" "$(began_at "$2")" >"$RUN_DIR/$1.pid"
+    printf '%s %s %s\n' "$2" "$(began_at "$2")" "$(port_of "$1")" >"$RUN_DIR/$1.pid"
     STARTED+=("$1")
 }
 
@@ -94,7 +94,8 @@ on_exit() {
 http_status() { # HOST, PORT, PATH
     local answer
     answer=$(
-        { exec 3<>"/dev/tcp/$1/$2"; } 2>/dev/null || exit
+        exec 2>/dev/null # a refusal or a reset is an answer too
+        exec 3<>"/dev/tcp/$1/$2" || exit
         printf 'GET %s HTTP/1.1\r\nHost: %s:%s\r\nConnection: close\r\n\r\n' "$3" "$1" "$2" >&3
         IFS= read -r -t 3 line <&3 && printf '%s' "$line"
         IFS= read -r -t 3 -d '' <&3 # the rest: hanging up earlier looks like a fault to the service

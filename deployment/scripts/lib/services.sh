@@ -4,11 +4,13 @@
 WEB=(session_service relay)
 HEALTHY_SECONDS=60
 
-port_of() { # SERVICE
+port_of() { # SERVICE; of one that runs: the port it was started with
+    local port=""
+    if runs "$1"; then read -r _ _ port <"$RUN_DIR/$1.pid"; fi
     case $1 in
-    session_service) printf %s "$SERVICE_PORT" ;;
-    relay) printf %s "$RELAY_PORT" ;;
-    consul) printf %s "${CONSUL_PORT:?}" ;;
+    session_service) printf %s "${port:-$SERVICE_PORT}" ;;
+    relay) printf %s "${port:-$RELAY_PORT}" ;;
+    consul) printf %s "${port:-${CONSUL_PORT:?}}" ;;
     postgres) printf socket ;;
     esac
 }
@@ -90,7 +92,7 @@ migrate() {
     local log
     log=$(log_of migrate)
     if ! (cd "$ROOT" && run_step "migrating" "$log" "$PY" -m alembic upgrade head); then
-        die "the migration failed: $(reason_in <"$log") (see $log)"
+        die "the migration failed: $(reason_in <"$log" | sed 's/^FAILED: //') (see $log)"
     fi
 }
 
@@ -176,6 +178,7 @@ is_healthy() { # SERVICE
 die_of_death() { # SERVICE
     local reason
     reason=$(new_log "$1" | reason_in)
+    reason=${reason#"$1 cannot start: "}
     new_log "$1" | tail -n 15 | sed -E "s#^#$1 | #; s#(://[^:/@ ]*):[^@ ]*@#\1:***@#g" >&2
     if [[ $reason == *ModuleNotFoundError* && $VENV_IS_OURS == yes ]]; then
         reason+="; delete $VENV to have the packages installed again"

@@ -7,14 +7,18 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Final
 
 from fastapi import Depends, Header, Request, Response
+from pydantic import TypeAdapter, ValidationError
 
 from services.session_service import idempotency
 from services.session_service.routes.parameters import IDEMPOTENCY_ERRORS, body_errors
 from services.session_service.state import State
+from shared import wire
 from shared.database import Writer
 from shared.errors import ServiceError, ValidationFailed
 from shared.strict_route import StrictRoute
 
+_USER_ID: Final[TypeAdapter[str]] = TypeAdapter(wire.UserId)
+_SESSION_ID: Final[TypeAdapter[str]] = TypeAdapter(wire.SessionId)
 _VISIBLE_ASCII: Final = re.compile(r"[\x21-\x7e]{1,255}")
 
 
@@ -22,8 +26,9 @@ class CreatingRoute(StrictRoute):
     """A route whose write, given a key, is recorded with its answer and never done twice."""
 
     async def pass_on(self, request: Request, value: Any, handle: Callable[[Request], Awaitable[Response]]) -> Response:
-        user_id = request.query_params.get("user_id") or (value or {}).get("user_id")
-        key = given_key(request, user_id, _hash(value))
+        in_path = "{session_id}" in self.path
+        user_id = request.query_params.get("user_id") if in_path else (value or {}).get("user_id")
+        key = given_key(request, user_id, _hash(value), session_id=request.path_params.get("session_id"))
         if key is None:
             return await handle(request)
         state: State = request.app.state.service
@@ -42,17 +47,26 @@ def _hash(value: Any) -> bytes:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).digest()
 
 
-def given_key(request: Request, user_id: object, body_hash: bytes) -> idempotency.Key | None:
-    """The key that came with the request, for a creating one; None where there is none."""
+def given_key(
+    request: Request, user_id: object, body_hash: bytes, session_id: str | None = None
+) -> idempotency.Key | None:
+    """The key that came with the request, for a creating one; None where there is none.
+
+    None as well for a user or session that no route takes: the route says what is wrong with it.
+    """
     sent = request.headers.get("idempotency-key")
     if sent is None or request.method != "POST":
         return None
     if not _VISIBLE_ASCII.fullmatch(sent):
         raise ValidationFailed.at("header", "idempotency-key", msg="A key has 1 to 255 visible ASCII characters")
-    if not isinstance(user_id, str) or "\0" in user_id:
-        return None  # the route says what is wrong with it
-    scope = f"{request.method} {request.url.path}"
-    return idempotency.Key(user_id=user_id, scope=scope, idempotency_key=sent, body_hash=body_hash)
+    try:
+        user = _USER_ID.validate_python(user_id, strict=True)
+        if session_id is not None:
+            _SESSION_ID.validate_python(session_id)
+    except ValidationError:
+        return None
+    scope = f"{request.method} {request.scope['path']}"
+    return idempotency.Key(user_id=user, scope=scope, idempotency_key=sent, body_hash=body_hash)
 
 
 def replayed_answer(replayed: idempotency.Replayed) -> Response:

@@ -1,0 +1,214 @@
+"""What happens beside the request path for each session that was written to: its texts become searchable, its
+figures are added to the sums.
+
+Its one invariant: a session whose version is past its indexed_version has news, and they will be seen to: writers
+do nothing for it, and a crash loses nothing. Any number of instances may run this; one works at a time.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final
+
+import sqlalchemy as sa
+import structlog
+from sqlalchemy import ARRAY, and_, bindparam, func, literal_column, or_, select
+from sqlalchemy.sql.elements import ColumnElement
+
+from services.session_service import counting, indexing, words
+from services.session_service.schema import ACTIVE, session_memories, session_messages
+from services.session_service.schema import sessions as table
+from services.session_service.sessions import NOW
+from shared.database import Conn, Database, Row
+from shared.errors import Unavailable
+
+log = structlog.get_logger(__name__)
+
+SESSIONS_AT_ONCE: Final = 200
+MESSAGES_AT_ONCE: Final = 500
+_LOCK: Final = 0x6E657773
+# Longer than any statement may run: what was committed late is found again.
+_OVERLAP: ColumnElement[Any] = literal_column("interval '1 minute'")
+
+TRY_LOCK = select(func.pg_try_advisory_xact_lock(literal_column(str(_LOCK))))
+NEWS = (
+    select(
+        table.c.user_id,
+        table.c.session_id,
+        table.c.title,
+        table.c.version,
+        table.c.last_seq,
+        table.c.rewinds,
+        table.c.indexed_seq,
+        table.c.indexed_at,
+        table.c.counted_to,
+    )
+    .where(table.c.indexed_version < table.c.version)
+    .limit(SESSIONS_AT_ONCE)
+)
+MESSAGES = (
+    select(
+        session_messages.c.seq,
+        func.left(session_messages.c.content, words.SEARCHED_BYTES).label("content"),
+        session_messages.c.created_at,
+        session_messages.c.tokens_used,
+        session_messages.c.cost_usd,
+        session_messages.c.superseded_at,
+    )
+    .where(
+        session_messages.c.user_id == bindparam("user_id"),
+        session_messages.c.session_id == bindparam("session_id"),
+        session_messages.c.seq > bindparam("indexed_seq", type_=sa.Integer),
+    )
+    .order_by(session_messages.c.seq)
+    .limit(MESSAGES_AT_ONCE)
+)
+_since = bindparam("indexed_at", type_=sa.TIMESTAMP(timezone=True))
+MEMORIES = select(session_memories.c.memory_id, session_memories.c.content).where(
+    session_memories.c.user_id == bindparam("user_id"),
+    session_memories.c.session_id == bindparam("session_id"),
+    or_(_since.is_(None), session_memories.c.updated_at > _since - _OVERLAP),
+)
+
+_MARKS: dict[str, sa.types.TypeEngine[Any]] = {
+    "user_id": sa.Text(),
+    "session_id": sa.Text(),
+    "seq": sa.Integer(),
+    "version": sa.BigInteger(),
+    "rewinds": sa.Integer(),
+    "counted_to": sa.TIMESTAMP(timezone=True),
+}
+_done = (
+    func.unnest(*(bindparam(f"{name}_array", type_=ARRAY(kind)) for name, kind in _MARKS.items()))
+    .table_valued(*_MARKS, name="done")
+    .render_derived()
+)
+# A session that someone is just writing to, or whose messages were taken back since they were read here, is left
+# for the next round: writers never wait for this.
+_held = (
+    select(
+        table.c.user_id,
+        table.c.session_id,
+        _done.c.seq,
+        _done.c.version,
+        _done.c.counted_to,
+        (table.c.status == ACTIVE).label("is_active"),
+        table.c.message_count,
+        (table.c.total_tokens - table.c.superseded_tokens).label("tokens"),
+        (table.c.total_cost - table.c.superseded_cost).label("cost"),
+        table.c.counted,
+        table.c.counted_active,
+        table.c.counted_messages,
+        table.c.counted_tokens,
+        table.c.counted_cost,
+    )
+    .join(
+        _done,
+        and_(
+            table.c.user_id == _done.c.user_id,
+            table.c.session_id == _done.c.session_id,
+            table.c.rewinds == _done.c.rewinds,
+        ),
+    )
+    .with_for_update(of=table, skip_locked=True)
+    .cte("held")
+)
+MARK = (
+    sa.update(table)
+    .add_cte(counting.add_totals(_held))
+    .where(table.c.user_id == _held.c.user_id, table.c.session_id == _held.c.session_id)
+    .values(
+        indexed_seq=_held.c.seq,
+        indexed_version=_held.c.version,
+        indexed_at=NOW,
+        counted=sa.true(),
+        counted_active=_held.c.is_active,
+        counted_messages=_held.c.message_count,
+        counted_tokens=_held.c.tokens,
+        counted_cost=_held.c.cost,
+        counted_to=_held.c.counted_to,
+    )
+    .returning(table.c.user_id, table.c.session_id)
+)
+
+
+@dataclass(slots=True)
+class _Session:
+    """One session's news, as far as they were read."""
+
+    row: Row
+    seq: int
+    version: int
+    visible: list[Row] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.row["user_id"], self.row["session_id"]
+
+    @property
+    def counted_to(self) -> datetime | None:
+        last: datetime | None = self.visible[-1]["created_at"] if self.visible else self.row["counted_to"]
+        return last
+
+    def mark(self) -> tuple[Any, ...]:
+        return (*self.key, self.seq, self.version, self.row["rewinds"], self.counted_to)
+
+
+async def see_to_news(database: Database) -> bool:
+    """Sees to some of what is new; whether it left more than it took is what it gives."""
+
+    async def work(conn: Conn) -> bool:
+        if not await conn.value(TRY_LOCK):
+            return False
+        found = await conn.rows(NEWS)
+        texts: list[indexing.Text] = []
+        read: list[_Session] = []
+        for row in found:
+            read.append(await _read(conn, row, texts))
+            if len(texts) >= MESSAGES_AT_ONCE:
+                break  # the others are news still
+        await indexing.put(conn, texts)
+        if read:
+            columns = zip(*(each.mark() for each in read), strict=True)
+            arrays = {f"{name}_array": list(values) for name, values in zip(_MARKS, columns, strict=True)}
+            marked = {(row["user_id"], row["session_id"]) for row in await conn.rows(MARK, **arrays)}
+            usage = counting.Usage()
+            for each in read:
+                if each.key in marked:
+                    usage.add(each.row["user_id"], each.row["counted_to"], each.visible)
+            await usage.store(conn)
+        return len(texts) >= MESSAGES_AT_ONCE or len(found) == SESSIONS_AT_ONCE
+
+    return await database.transact(work)
+
+
+async def _read(conn: Conn, row: Row, texts: list[indexing.Text]) -> _Session:
+    """The session's news; its new texts are added to `texts`."""
+    key = {"user_id": row["user_id"], "session_id": row["session_id"]}
+    news = _Session(row, row["indexed_seq"], row["version"])
+    if row["title"] is not None:
+        texts.append(indexing.Text(*news.key, 0, "", row["title"]))
+    if row["last_seq"] > news.seq:
+        messages = await conn.rows(MESSAGES, **key, indexed_seq=news.seq)
+        texts += [indexing.Text(*news.key, each["seq"], "", each["content"]) for each in messages]
+        news.visible = [each for each in messages if each["superseded_at"] is None]
+        news.seq = messages[-1]["seq"] if messages else news.seq
+        if len(messages) == MESSAGES_AT_ONCE:
+            news.version -= 1  # there may be more of it
+    memories = await conn.rows(MEMORIES, **key, indexed_at=row["indexed_at"])
+    texts += [indexing.Text(*news.key, 0, memory["memory_id"], memory["content"]) for memory in memories]
+    return news
+
+
+async def keep_up(database: Database, *, interval_seconds: float) -> None:
+    """Sees to what is new, for ever; an outage of the database, or a fault of ours, only delays it."""
+    while True:
+        try:
+            is_behind = await see_to_news(database)
+        except Unavailable as error:
+            log.warning("news_delayed", reason=error.code)
+            is_behind = False
+        except Exception:  # whatever it is, search and sums must not stop for good
+            log.exception("news_failed")
+            is_behind = False
+        await asyncio.sleep(0 if is_behind else interval_seconds)
