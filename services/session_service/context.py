@@ -18,7 +18,7 @@ from sqlalchemy import and_, bindparam, select
 from services.session_service import memories, tokens
 from services.session_service.formats import to_format
 from services.session_service.messages import mine
-from services.session_service.repairs import NO_RESULT, Piece, Repaired, repair
+from services.session_service.repairs import Piece, Repaired, repair
 from services.session_service.schema import session_messages as table
 from services.session_service.sessions import Detail
 from services.session_service.window import Entry, Window, choose
@@ -27,7 +27,6 @@ from shared.canonical import canonical_blocks, speaker
 from shared.database import Conn, Row
 from shared.errors import ContextTooSmall
 
-_NO_RESULT_TOKENS: Final = tokens.estimate([{"type": "tool_result", "content": NO_RESULT}])
 _SUMMARY_HEADING: Final = "Summary of the earlier conversation:\n"
 _MEMORIES_HEADING: Final = "Memories:\n"
 _MEMORIES_LIMIT: Final = 200
@@ -127,7 +126,7 @@ async def build(conn: Conn, locked: Detail, budget: Budget, *, moves: bool) -> t
         wanted = set(seqs)
         rows = await conn.rows(CONTENT, **locked.key, from_seq=seqs[0]) if seqs else []
         done = repair(_piece(row) for row in rows if row["seq"] in wanted)
-        used = sum(piece.tokens for piece in done.included) + done.results_added * _NO_RESULT_TOKENS
+        used = sum(piece.tokens for piece in done.included) + sum(tokens.estimate([each]) for each in done.added)
         is_cut = not is_whole or len(seqs) < len(entries)
         answers = asked is None or any(piece.seq == asked.seq for piece in done.included)
         if used <= limits.max_tokens and (answers or not (moves and is_cut)):

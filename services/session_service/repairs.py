@@ -51,7 +51,7 @@ class Repaired:
     left_out: list[wire.LeftOut] = field(default_factory=list)
     repairs: list[wire.Repair] = field(default_factory=list)
     pending_tool_calls: list[str] = field(default_factory=list)
-    results_added: int = 0
+    added: list[Block] = field(default_factory=list)
 
     def leave_out(self, seq: int, reason: str) -> None:
         self.left_out.append(wire.LeftOut(from_seq=seq, to_seq=seq, reason=reason))
@@ -246,8 +246,8 @@ def _place_results(groups: list[_Group], done: Repaired) -> None:
             result, found_in = results.get(call_id, (None, following))
             if result is None:
                 done.note("missing_tool_result", group.seq)
-                done.results_added += 1
                 result = {"type": "tool_result", "tool_use_id": call_id, "is_error": True, "content": NO_RESULT}
+                done.added.append(result)
             elif found_in is not following:
                 done.note("moved_tool_result", found_in.seq)
             placed.append(result)
