@@ -140,6 +140,7 @@ class _Pairs:
     answered: set[str] = field(default_factory=set)
     called_here: set[str] = field(default_factory=set)
     answered_here: set[str] = field(default_factory=set)
+    serving_here: set[str] = field(default_factory=set)
 
     def problem(self, block: Block, served_here: set[str]) -> str | None:
         """Why the block cannot stand after what came before, or None; takes note of it then."""
@@ -148,12 +149,14 @@ class _Pairs:
             if block["id"] in self.called or block["id"] in self.called_here:
                 return "duplicate_tool_use"
             self.called_here.add(block["id"])
-            if kind in _SERVER_CALLS and block["id"] not in served_here:
-                return "unfinished_server_tool_use"
+            if kind in _SERVER_CALLS:
+                if block["id"] not in served_here:
+                    return "unfinished_server_tool_use"
+                self.serving_here.add(block["id"])
         elif kind.endswith("_tool_result"):  # a server's tool answers in the message of its call
-            if block.get("tool_use_id") not in self.called_here or block["tool_use_id"] in self.answered_here:
+            if block.get("tool_use_id") not in self.serving_here:
                 return "orphan_tool_result"
-            self.answered_here.add(block["tool_use_id"])
+            self.serving_here.discard(block["tool_use_id"])
         elif kind == "tool_result":
             if block["tool_use_id"] not in self.called:
                 return "orphan_tool_result"
@@ -167,7 +170,7 @@ class _Pairs:
         if kept:
             self.called |= self.called_here
             self.answered |= self.answered_here
-        self.called_here, self.answered_here = set(), set()
+        self.called_here, self.answered_here, self.serving_here = set(), set(), set()
 
 
 def _with_calls_before_results(pieces: list[Piece], done: Repaired) -> list[Piece]:

@@ -103,13 +103,13 @@ def test_a_call_never_answered_gets_an_error_when_something_follows() -> None:
     error = {"type": "tool_result", "tool_use_id": "c1", "is_error": True, "content": NO_RESULT}
     assert contents(done)[2] == [error, result("c2"), text("next")]
     assert ("missing_tool_result", 2) in kinds(done)
-    assert (done.results_added, done.pending_tool_calls) == (1, [])
+    assert (len(done.added), done.pending_tool_calls) == (1, [])
 
 
 def test_a_call_at_the_very_end_is_pending() -> None:
     done = repaired(("user", "q"), ("assistant", [text("let me see"), call("c1"), call("c2")]))
     assert contents(done)[1] == [text("let me see"), call("c1"), call("c2")]
-    assert (done.pending_tool_calls, done.results_added, kinds(done)) == (["c1", "c2"], 0, [])
+    assert (done.pending_tool_calls, len(done.added), kinds(done)) == (["c1", "c2"], 0, [])
 
 
 def test_what_is_twice_counts_once() -> None:

@@ -98,7 +98,7 @@ def test_every_message_is_accounted_for(pieces: list[Piece]) -> None:
     assert sorted(included + left_out) == [piece.seq for piece in pieces]
     assert included == sorted(included)
     assert {note.seq for note in done.repairs} <= {piece.seq for piece in pieces}
-    assert done.results_added == sum(note.kind == "missing_tool_result" for note in done.repairs)
+    assert len(done.added) == sum(note.kind == "missing_tool_result" for note in done.repairs)
 
 
 @settings(max_examples=300, deadline=None)
