@@ -178,7 +178,7 @@ def _native(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
-def _content(value: Any, info: ValidationInfo) -> Any:
+def check_content(value: Any, info: ValidationInfo) -> Any:
     """A text that is not blank, or a list of blocks that each have a type."""
     limit = _limits(info).content_bytes
     if isinstance(value, str):
@@ -208,8 +208,8 @@ def _check_block(index: int, block: Any) -> None:
         raise _refuse("Block {index} is a tool_result block without a tool_use_id", index=index)
 
 
-Content = Annotated[str | list[dict[str, Any]], BeforeValidator(_content)]
-Blocks = Annotated[list[dict[str, Any]], BeforeValidator(_content)]
+Content = Annotated[str | list[dict[str, Any]], BeforeValidator(check_content)]
+Blocks = Annotated[list[dict[str, Any]], BeforeValidator(check_content)]
 
 
 # ── what comes in ───────────────────────────────────────────────────────────────────────────────

@@ -8,20 +8,22 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy import bindparam, select
+from sqlalchemy import bindparam, func, select
 
 from services.session_service import memories, messages, sessions, turns
 from services.session_service.schema import session_memories, session_messages, session_turns
 from shared.database import Conn, Row
+from shared.errors import SessionNotFound
 from shared.json import dumps
 
 FORMAT: Final = "session-export"
 FORMAT_VERSION: Final = 1
 _PAGE: Final = 500
-_PAGE_OF_MESSAGES: Final = 100
-"""Fewer at a time: a message may hold 32 MiB."""
+_PAGE_BYTES: Final = 4 * 2**20
+"""Of messages, whatever their number: one alone may hold 32 MiB."""
 
 _limit = bindparam("limit", type_=sa.Integer)
+_first, _last = bindparam("first", type_=sa.Integer), bindparam("last", type_=sa.Integer)
 MESSAGES = (
     select(
         *messages.COLUMNS,
@@ -29,11 +31,18 @@ MESSAGES = (
         session_messages.c.context_tokens,
         session_messages.c.context_tokens_reported,
     )
-    .where(
-        messages.mine,
-        session_messages.c.seq > bindparam("after", type_=sa.Integer),
-        session_messages.c.seq <= bindparam("last_seq", type_=sa.Integer),
+    .where(messages.mine, session_messages.c.seq.between(_first, _last))
+    .order_by(session_messages.c.seq)
+)
+_json_bytes = [
+    func.coalesce(func.octet_length(session_messages.c[name].cast(sa.Text)), 0) for name in ("content_blocks", "native")
+]
+SIZES = (
+    select(
+        session_messages.c.seq,
+        (func.octet_length(session_messages.c.content) + _json_bytes[0] + _json_bytes[1]).label("bytes"),
     )
+    .where(messages.mine, session_messages.c.seq.between(_first, _last))
     .order_by(session_messages.c.seq)
     .limit(_limit)
 )
@@ -71,9 +80,17 @@ async def _lines(conn: Conn, detail: sessions.Detail) -> AsyncIterator[bytes]:
     }
     yield _sealed(digest, [header])
     async for kind, rows in _pages(conn, detail):
-        counts[kind] += len(rows)
-        yield _sealed(digest, [{"type": _TYPES[kind], **dict(row.items())} for row in rows])
+        for row in rows:
+            counts[kind] += 1
+            yield _sealed(digest, [{"type": _TYPES[kind], **_fields(row)}])
+    if counts["messages"] != detail.last_seq:
+        raise SessionNotFound  # erased meanwhile: what there was of it must not look like all of it
     yield dumps({"type": "end", "counts": counts, "sha256": digest.hexdigest()}) + b"\n"
+
+
+def _fields(row: Row) -> dict[str, Any]:
+    """The row's fields; of a message with blocks not its text, which follows from them."""
+    return {name: value for name, value in row.items() if name != "content" or not row.get("content_blocks")}
 
 
 _TYPES: Final = {"messages": "message", "memories": "memory", "turns": "turn"}
@@ -87,12 +104,28 @@ def _sealed(digest: Any, lines: list[dict[str, Any]]) -> bytes:
 
 async def _pages(conn: Conn, detail: sessions.Detail) -> AsyncIterator[tuple[str, list[Row]]]:
     """Everything of the session up to the last message that it had when the export began."""
-    bounds: dict[str, Any] = {"after": 0, "last_seq": detail.last_seq, "limit": _PAGE_OF_MESSAGES}
-    while rows := await conn.rows(MESSAGES, **detail.key, **bounds):
-        yield "messages", rows
-        bounds["after"] = rows[-1]["seq"]
+    after = 0
+    while after < detail.last_seq:
+        sizes = await conn.rows(SIZES, **detail.key, first=after + 1, last=detail.last_seq, limit=_PAGE)
+        if not sizes:
+            return
+        last = _within(sizes, _PAGE_BYTES)
+        yield "messages", await conn.rows(MESSAGES, **detail.key, first=after + 1, last=last)
+        after = last
     for kind, statement, place in (("memories", MEMORIES, "memory_id"), ("turns", TURNS, "turn_id")):
-        after = ""
-        while rows := await conn.rows(statement, **detail.key, after=after, limit=_PAGE):
+        after_id = ""
+        while rows := await conn.rows(statement, **detail.key, after=after_id, limit=_PAGE):
             yield kind, rows
-            after = rows[-1][place]
+            after_id = rows[-1][place]
+
+
+def _within(sizes: list[Row], budget_bytes: int) -> int:
+    """The seq up to which the messages fit into the budget; the first always does."""
+    total: int = sizes[0]["bytes"]
+    last: int = sizes[0]["seq"]
+    for row in sizes[1:]:
+        total += row["bytes"]
+        if total > budget_bytes:
+            break
+        last = row["seq"]
+    return last

@@ -6,7 +6,7 @@ Its one invariant: seqs are 1…n in the order of the file, and the session's co
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import sqlalchemy as sa
@@ -25,6 +25,8 @@ from shared import wire
 from shared.database import Conn
 from shared.errors import ValidationFailed
 
+_CLOCKS_APART = timedelta(days=1)
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -32,9 +34,10 @@ def _moment(value: Any) -> Any:
     """A time with its offset; a bare number or date is none."""
     if isinstance(value, str):
         moment = datetime.fromisoformat(value)
-        if moment.tzinfo is not None and 1 < moment.year < 9999:
+        # Later writes never go before what is there, so that a time to come would be theirs as well.
+        if moment.tzinfo is not None and moment.year > 1 and moment < datetime.now(UTC) + _CLOCKS_APART:
             return moment
-    raise ValueError("A time in RFC 3339, with its offset")
+    raise ValueError("A time in RFC 3339, with its offset, that has been")
 
 
 Moment = Annotated[datetime, BeforeValidator(_moment)]
@@ -42,6 +45,11 @@ Moment = Annotated[datetime, BeforeValidator(_moment)]
 
 # Ids that the service made are UUIDs; whatever else a file says must still fit into an index.
 MadeId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,255}$")]
+
+
+class Parent(wire.Input):
+    session_id: wire.SessionId
+    seq: wire.Seq
 
 
 class Session(wire.Input):
@@ -54,10 +62,17 @@ class Session(wire.Input):
     created_at: Moment
     updated_at: Moment
     last_activity: Moment
-    version: Annotated[int, Field(ge=1, le=2**62)]
+    version: Annotated[int, Field(ge=1, le=2**53)]
     generation: Annotated[int, Field(ge=1, le=2**31 - 1)]
     idle_timeout_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
     ended_reason: Literal["user", "expired"] | None = None
+    parent: Parent | None = None
+
+    @model_validator(mode="after")
+    def _reason_of_the_end(self) -> Self:
+        if (self.status == "ended") != (self.ended_reason is not None):
+            raise ValueError("An ended session has an ended_reason, and no other has")
+        return self
 
 
 class Header(wire.Input):
@@ -70,11 +85,11 @@ class Header(wire.Input):
 
 
 class Message(wire.NewMessage):
-    """A message as exported; its text is derived from its blocks, where it has any."""
+    """A message as exported: with its blocks, or with its text."""
 
     message_id: wire.MessageId
     seq: Annotated[int, Field(ge=1, le=2**31 - 1)]
-    content: str
+    content: Annotated[str, BeforeValidator(wire.check_content)] | None = None  # type: ignore[assignment]
     content_blocks: wire.Blocks | None = None
     turn_id: MadeId | None = None
     created_at: Moment
@@ -84,14 +99,14 @@ class Message(wire.NewMessage):
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
-        if self.content_blocks is None and not self.content.strip():
-            raise ValueError("Empty or blank content")
+        if (self.content is None) == (self.content_blocks is None):
+            raise ValueError("A message has content or content_blocks")
         return self
 
     def draft(self) -> messages.Draft:
         names = ("role", "message_type", "tokens_used", "cost_usd", "metadata", "native")
         values = {name: getattr(self, name) for name in names}
-        content = self.content if self.content_blocks is None else self.content_blocks
+        content = self.content_blocks if self.content_blocks is not None else self.content or ""
         new = wire.NewMessage.model_construct(content=content, message_id=self.message_id, **values)
         return messages.draft(new, reported_tokens=self.context_tokens if self.context_tokens_reported else None)
 
@@ -118,6 +133,19 @@ class Turn(wire.Input):
     cost_usd: wire.CostUsd | None = None
     upstream: wire.JsonObject | None = None
     error: wire.JsonObject | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if (self.status == "open") != (self.closed_at is None):
+            raise ValueError("A turn has closed_at exactly when it is not open")
+        for first, last in ((self.input_from_seq, self.input_to_seq), (self.output_from_seq, self.output_to_seq)):
+            if (first is None) != (last is None) or (first or 0) > (last or 0):
+                raise ValueError("A range of messages has a beginning and, not before it, an end")
+        return self
+
+    @property
+    def last_seq(self) -> int:
+        return max(self.input_to_seq or 0, self.output_to_seq or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +179,8 @@ _SESSION_FIELDS: dict[str, sa.types.TypeEngine[Any]] = {
     "summary_to_seq": sa.Integer(),
     "first_seq": sa.Integer(),
     "window_start_seq": sa.Integer(),
+    "parent_session_id": sa.Text(),
+    "parent_seq": sa.Integer(),
 }
 CREATE = (
     insert_or(table)
@@ -187,6 +217,8 @@ MESSAGES = insert(session_messages).from_select(
 )
 TAKEN = select(session_messages.c.message_id).where(
     session_messages.c.user_id == bindparam("user_id"),
+    # Of this very session: then the file itself has the id twice, and the constraint will say so.
+    session_messages.c.session_id != bindparam("session_id"),
     session_messages.c.message_id == func.any(bindparam("message_ids", type_=ARRAY(sa.Text))),
 )
 MEMORY = insert(session_memories).values(
@@ -250,6 +282,8 @@ SETTLE = (
 async def create(conn: Conn, target: Target, header: Header) -> bool:
     """Whether the session was made; it is there already where not."""
     values = {**header.session.model_dump(), **header.model_dump(exclude={"session", "format", "format_version"})}
+    parent = header.session.parent
+    values |= {"parent_session_id": parent and parent.session_id, "parent_seq": parent and parent.seq}
     fields = {name: values[name] for name in _SESSION_FIELDS}
     return await conn.row(CREATE, **target.key, **fields) is not None
 
@@ -259,7 +293,7 @@ async def _store_messages(conn: Conn, target: Target, models: list[Message], bef
         raise ValidationFailed.at("body", "seq", msg=f"The messages after {before} are not numbered 1, 2, 3 …")
     drafts = [model.draft() for model in models]
     message_ids = [draft.message_id for draft in drafts]
-    taken = {row[0] for row in await conn.rows(TAKEN, user_id=target.user_id, message_ids=message_ids)}
+    taken = {row[0] for row in await conn.rows(TAKEN, **target.key, message_ids=message_ids)}
     arrays = {f"{name}_array": [draft.parameter(name) for draft in drafts] for name in ARRAYS}
     arrays["message_id_array"] = [str(uuid7()) if each in taken else each for each in message_ids]
     arrays |= {f"{name}_array": [getattr(model, name) for model in models] for name in _PLACES}
@@ -284,6 +318,15 @@ Store = Callable[[Conn, Target, list[Any], int], Awaitable[None]]
 STORE: dict[str, Store] = {"messages": _store_messages, "memories": _store_memories, "turns": _store_turns}
 
 
-async def settle(conn: Conn, target: Target) -> None:
-    """Computes the session's counters from its rows."""
+async def settle(conn: Conn, target: Target, header: Header, counts: dict[str, int], last_seq_of_turns: int) -> None:
+    """Computes the session's counters from its rows; raises ValidationFailed for what points past its messages."""
+    last_seq = counts["messages"]
+    for name, seq, most in (
+        ("summary_to_seq", header.summary_to_seq or 0, last_seq),
+        ("first_seq", header.first_seq, last_seq + 1),
+        ("window_start_seq", header.window_start_seq, last_seq + 1),
+        ("output_to_seq", last_seq_of_turns, last_seq),
+    ):
+        if seq > most:
+            raise ValidationFailed.at("body", name, msg=f"The last message has seq {last_seq}")
     await conn.rows(SETTLE, **target.key)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from services.session_service import imported, sessions
 from services.session_service.export import FORMAT, FORMAT_VERSION
 from shared import json, wire
-from shared.database import Conn, Writer
+from shared.database import Conn, Violation, Writer
 from shared.errors import SessionExists, ValidationFailed
 
 _MAX_LINE_BYTES: Final = 64 * 2**20
@@ -93,7 +93,7 @@ async def _lines(chunks: AsyncIterator[bytes], received: Received, whole: Any) -
         if size > _MAX_LINE_BYTES:
             raise Damaged.line(received.lines + 1, f"more than {_MAX_LINE_BYTES} bytes")
     if size:
-        yield b"".join(parts)
+        raise Damaged.line(received.lines + 1, "the last line has no end")
 
 
 def _value(number: int, line: bytes) -> dict[str, Any]:
@@ -125,15 +125,22 @@ async def store(
         if not await imported.create(conn, target, header):
             raise SessionExists
         counts = {"messages": 0, "memories": 0, "turns": 0}
+        last_seq_of_turns = 0
         async for kind, models in _chunks(entries, limits):
             counts[kind] += len(models)
+            if kind == "turns":
+                last_seq_of_turns = max(last_seq_of_turns, *(model.last_seq for model in models))
             await imported.STORE[kind](conn, target, models, counts[kind] - len(models))
         if counts != received.counts:
             raise Damaged.line(received.lines, "the counts are not those of the lines")
-        await imported.settle(conn, target)
+        await imported.settle(conn, target, header, counts, last_seq_of_turns)
         return await sessions.get(conn, target.user_id, target.session_id)
 
-    return await writer.transact(work)
+    try:
+        return await writer.transact(work)
+    except Violation as violation:
+        problem = f"breaks {violation.constraint}: an id that comes twice, or a value out of its range"
+        raise Damaged.line(received.lines, problem) from None
 
 
 async def _chunks(
