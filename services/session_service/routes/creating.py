@@ -15,6 +15,7 @@ from services.session_service.state import State
 from shared import wire
 from shared.database import Writer
 from shared.errors import ServiceError, ValidationFailed
+from shared.json import loads
 from shared.strict_route import StrictRoute
 
 _USER_ID: Final[TypeAdapter[str]] = TypeAdapter(wire.UserId)
@@ -26,6 +27,8 @@ class CreatingRoute(StrictRoute):
     """A route whose write, given a key, is recorded with its answer and never done twice."""
 
     async def pass_on(self, request: Request, value: Any, handle: Callable[[Request], Awaitable[Response]]) -> Response:
+        if "idempotency-key" not in request.headers:
+            return await handle(request)
         in_path = "{session_id}" in self.path
         user_id = request.query_params.get("user_id") if in_path else (value or {}).get("user_id")
         key = given_key(request, user_id, _hash(value), session_id=request.path_params.get("session_id"))
@@ -70,8 +73,12 @@ def given_key(
 
 
 def replayed_answer(replayed: idempotency.Replayed) -> Response:
-    """The stored answer, marked as such."""
-    return Response(replayed.answer, headers={"idempotent-replayed": "true"}, media_type="application/json")
+    """The stored answer, marked as such; with its ETag, where it is a session."""
+    headers = {"idempotent-replayed": "true"}
+    version = loads(replayed.answer).get("version")
+    if version is not None:
+        headers["etag"] = f'"{version}"'
+    return Response(replayed.answer, headers=headers, media_type="application/json")
 
 
 async def _writer(
