@@ -12,6 +12,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import asyncpg
@@ -51,7 +52,9 @@ def _run_in(url: str, sql: str) -> None:
         finally:
             await connection.close()
 
-    asyncio.run(run())
+    # In a thread: tests that make a database have a loop running in theirs.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, run()).result()
 
 
 def _with_database(url: str, name: str) -> str:

@@ -12,8 +12,9 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy import and_, bindparam, exists, func, literal_column, or_, select, tuple_
+from sqlalchemy.dialects.postgresql import array
 
-from services.session_service.schema import OPEN, session_messages, session_turns
+from services.session_service.schema import OPEN, session_messages, session_totals, session_turns, usage_buckets
 from services.session_service.schema import sessions as table
 from services.session_service.settings import SessionServiceSettings
 from shared.database import Database, Row, from_settings
@@ -110,6 +111,92 @@ ORPHAN_TURNS = (
     .limit(_PAGE)
 )
 
+# ── sums made beside the request path ───────────────────────────────────────────────────────────
+
+_scopes = (
+    func.unnest(array([table.c.user_id, literal_column("''")])).table_valued("scope", name="scopes").render_derived()
+)
+_counted = (
+    select(
+        _scopes.c.scope,
+        func.count().label("sessions"),
+        func.count().filter(table.c.counted_active).label("active"),
+        func.sum(table.c.counted_messages).label("messages"),
+        func.sum(table.c.counted_tokens).label("tokens"),
+        func.sum(table.c.counted_cost).label("cost"),
+    )
+    .select_from(table.join(_scopes, sa.true()))
+    .where(table.c.counted)
+    .group_by(_scopes.c.scope)
+    .subquery("counted")
+)
+_TOTALS = ("sessions", "active", "messages", "tokens", "cost")
+TOTALS = (
+    select(func.coalesce(session_totals.c.user_id, _counted.c.scope).label("user_id"))
+    .select_from(session_totals.outerjoin(_counted, _counted.c.scope == session_totals.c.user_id, full=True))
+    .where(
+        or_(
+            *(
+                func.coalesce(session_totals.c[name], 0) != func.coalesce(_counted.c[name], literal_column("0"))
+                for name in _TOTALS
+            )
+        )
+    )
+    .limit(_PAGE)
+)
+_day = func.date_trunc(literal_column("'day'"), session_messages.c.created_at, literal_column("'UTC'"))
+_message_scopes = (
+    func.unnest(array([session_messages.c.user_id, literal_column("''")]))
+    .table_valued("scope", name="scopes")
+    .render_derived()
+)
+_days = (
+    select(
+        _message_scopes.c.scope,
+        _day.label("start"),
+        func.count().label("messages"),
+        func.sum(session_messages.c.tokens_used).label("tokens"),
+        func.sum(session_messages.c.cost_usd).label("cost"),
+        func.count(sa.distinct(tuple_(session_messages.c.user_id, session_messages.c.session_id))).label(
+            "active_sessions"
+        ),
+    )
+    .select_from(
+        session_messages.join(
+            table,
+            and_(
+                table.c.user_id == session_messages.c.user_id,
+                table.c.session_id == session_messages.c.session_id,
+                session_messages.c.seq <= table.c.indexed_seq,
+            ),
+        ).join(_message_scopes, sa.true())
+    )
+    .where(session_messages.c.superseded_at.is_(None))
+    .group_by(_message_scopes.c.scope, _day)
+    .subquery("days")
+)
+_stored_days = select(usage_buckets).where(usage_buckets.c.bucket == literal_column("'day'")).subquery("stored")
+USAGE = (
+    select(
+        func.coalesce(_stored_days.c.user_id, _days.c.scope).label("user_id"),
+        func.coalesce(_stored_days.c.start, _days.c.start).label("start"),
+    )
+    .select_from(
+        _stored_days.outerjoin(
+            _days, and_(_days.c.scope == _stored_days.c.user_id, _days.c.start == _stored_days.c.start), full=True
+        )
+    )
+    .where(
+        or_(
+            *(
+                func.coalesce(_stored_days.c[name], 0) != func.coalesce(_days.c[name], literal_column("0"))
+                for name in ("messages", "tokens", "cost", "active_sessions")
+            )
+        )
+    )
+    .limit(_PAGE)
+)
+
 _this = and_(table.c.user_id == bindparam("user_id"), table.c.session_id == bindparam("session_id"))
 RECOUNT = (
     sa.update(table)
@@ -157,6 +244,10 @@ async def check(database: Database) -> AsyncIterator[Finding]:
         yield Finding(row["user_id"], row["session_id"], "message without its turn", f"seq {row['seq']}")
     for row in await database.rows(ORPHAN_TURNS):
         yield Finding(row["user_id"], row["session_id"], "turn without its messages", row["turn_id"])
+    for row in await database.rows(TOTALS):
+        yield Finding(row["user_id"] or "(all users)", "", "totals differ from what was counted", "")
+    for row in await database.rows(USAGE):
+        yield Finding(row["user_id"] or "(all users)", "", "usage differs from the messages", f"on {row['start']:%F}")
 
 
 def _findings(row: Row) -> list[Finding]:
