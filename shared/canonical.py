@@ -70,7 +70,7 @@ def _trimmed(block: Any) -> Any:
 def _canonical_block(block: dict[str, Any]) -> dict[str, Any]:
     form: dict[str, Any] = {}
     for key, value in block.items():
-        if value is None or key in _UNSEEN_BY_MODEL:
+        if value is None or key in _UNSEEN_BY_MODEL or (key == "is_error" and value is False):
             continue
         if key == "content" and block.get("type") == "tool_result" and isinstance(value, str | list):
             form[key] = canonical_blocks(value)

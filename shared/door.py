@@ -7,6 +7,7 @@ line tells of it. Pure ASGI: what is built on BaseHTTPMiddleware leaks connectio
 import asyncio
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Final
@@ -26,6 +27,9 @@ log = structlog.get_logger(__name__)
 
 _SANE_REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+CLIENT_GONE: Final = 499
+"""nginx's status for it; no client ever sees it."""
+_LINGER_SECONDS: Final = 3.0
 _QUIET_ROUTES: Final = frozenset({"/health", "/health/live", "/health/ready", "/health/detailed", "/metrics"})
 
 
@@ -77,19 +81,17 @@ class Door:
         scope.setdefault("state", {})["request_id"] = request_id
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        reply = _Reply(send, request_id)
+        body = _Body(receive, self._rules, unlimited=scope["path"] in self._rules.unlimited_paths)
+        reply = _Reply(send, request_id, body)
         started_at = perf_counter()
         try:
             _require_utf8(scope)
             self._admit(scope)
-            guarded = _guarded(receive, self._rules, scope)
-            await self._app(scope, guarded, reply.send)
+            body.check_length(scope)
+            await self._app(scope, body.receive, reply.send)
         except ServiceError as error:
             if not reply.started:
-                response = self._render(error, scope)
-                if isinstance(error, BodyTooLarge | RequestTimeout):
-                    response.headers["connection"] = "close"  # the rest of the body is still on its way
-                await response(scope, receive, reply.send)
+                await self._render(error, scope)(scope, receive, reply.send)
         except Exception:
             log.exception("unhandled_error", method=scope["method"], path=scope["path"])
             if not reply.started:
@@ -134,47 +136,81 @@ def _is_utf8(quoted: bytes) -> bool:
     return True
 
 
+class _Body:
+    """A request's body: its bytes are counted as they come, and there is a time when all of them must be here."""
+
+    def __init__(self, receive: Receive, rules: BodyRules, *, unlimited: bool) -> None:
+        self._receive = receive
+        self._max_bytes = rules.max_bytes
+        self._deadline = asyncio.get_running_loop().time() + rules.timeout_seconds
+        self._unlimited = unlimited
+        self._received_bytes = 0
+        self._is_whole = False
+        self.refused = False
+
+    def check_length(self, scope: Scope) -> None:
+        """Refuses a body that says by itself that it is too large."""
+        for name, value in scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value) > self._max_bytes and not self._unlimited:
+                raise self._too_large()
+
+    async def receive(self) -> Message:
+        if self._is_whole or self._unlimited:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            self.refused = True
+            raise RequestTimeout from None
+        self._received_bytes += len(message.get("body", b""))
+        if self._received_bytes > self._max_bytes:
+            raise self._too_large()
+        self._is_whole = not message.get("more_body", False)
+        return message
+
+    def _too_large(self) -> BodyTooLarge:
+        self.refused = True
+        limit = self._max_bytes
+        return BodyTooLarge(f"A request body has at most {limit} bytes", max_bytes=limit)
+
+    async def linger(self) -> None:
+        """Reads on for a while and throws away: a client that still sends would lose the answer with the connection."""
+        thrown_away_bytes = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_SECONDS):
+                while thrown_away_bytes < self._max_bytes:
+                    message = await self._receive()
+                    thrown_away_bytes += len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
+
+
 class _Reply:
     """The answer on its way out; status 499 where the client left before there was one."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, body: _Body) -> None:
         self._send = send
         self._request_id = request_id
+        self._body = body
         self.started = False
-        self.status = 499
+        self.status = CLIENT_GONE
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = True
             self.status = message["status"]
-            MutableHeaders(scope=message).setdefault("x-request-id", self._request_id)
+            headers = MutableHeaders(scope=message)
+            headers.setdefault("x-request-id", self._request_id)
+            if self._body.refused:
+                headers["connection"] = "close"  # what is left of the body must not be taken for a request
+        elif self._body.refused and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._body.linger()
+            message = {"type": "http.response.body", "body": b""}
         await self._send(message)
 
 
-def _guarded(receive: Receive, rules: BodyRules, scope: Scope) -> Receive:
-    """`receive` that counts the body's bytes as they come, and knows when they must all be here."""
-    if scope["path"] in rules.unlimited_paths:
-        return receive
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value) > rules.max_bytes:
-            raise BodyTooLarge(f"A request body has at most {rules.max_bytes} bytes", max_bytes=rules.max_bytes)
-    deadline = asyncio.get_running_loop().time() + rules.timeout_seconds
-    received_bytes = 0
-    is_whole = False
-
-    async def guarded() -> Message:
-        nonlocal received_bytes, is_whole
-        if is_whole:
-            return await receive()
-        try:
-            async with asyncio.timeout_at(deadline):
-                message = await receive()
-        except TimeoutError:
-            raise RequestTimeout from None
-        received_bytes += len(message.get("body", b""))
-        if received_bytes > rules.max_bytes:
-            raise BodyTooLarge(f"A request body has at most {rules.max_bytes} bytes", max_bytes=rules.max_bytes)
-        is_whole = not message.get("more_body", False)
-        return message
-
-    return guarded
+async def client_gone(_request: object, _error: Exception) -> Response:
+    """What there is to answer a client that left in the middle of its request: nothing that it would read."""
+    return Response(status_code=CLIENT_GONE)

@@ -33,6 +33,7 @@
 Its one invariant: `decode(error.status, error.body())` gives the same class with the same data.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -247,6 +248,7 @@ def by_code() -> dict[str, type[ServiceError]]:
     return {cls.code: cls for cls in classes}
 
 
+_SECONDS = re.compile(r"[0-9]{1,9}")
 _ARGUMENTS = frozenset({"self", "detail", "code", "retry_after_seconds"})
 
 
@@ -255,7 +257,7 @@ def decode(status: int, body: Any, retry_after: str | None = None) -> ServiceErr
     told = body if isinstance(body, dict) else {}
     detail, code = told.get("detail"), told.get("code")
     data = {name: value for name, value in told.items() if name not in _ARGUMENTS}
-    wait = float(retry_after) if retry_after and retry_after.isascii() and retry_after.isdigit() else None
+    wait = float(retry_after) if retry_after and _SECONDS.fullmatch(retry_after) else None
     cls = by_code().get(code) if isinstance(code, str) else None
     if cls is None:
         cls = Unavailable if status in {502, 503, 504} else Internal if status >= 500 else ServiceError

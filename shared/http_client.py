@@ -3,7 +3,7 @@
 Its one invariant: nothing of the machine's environment (proxies, netrc) finds its way into a call.
 """
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
 import aiohttp
@@ -12,6 +12,8 @@ from httpx_aiohttp import AiohttpTransport
 
 KEEP_ALIVE_SECONDS: Final = 30
 """Shorter than our servers keep an idle connection (75 s), so that none is closed under a request on its way."""
+
+SLICE_BYTES: Final = 256 * 2**10
 
 
 def http_client(
@@ -23,11 +25,28 @@ def http_client(
         return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS))
 
     return httpx.AsyncClient(
-        transport=AiohttpTransport(client=session),
+        transport=_Transport(client=session),
         timeout=httpx.Timeout(read_seconds, connect=connect_seconds, pool=None),
         headers=dict(headers or {}),
         trust_env=False,
     )
+
+
+class _Transport(AiohttpTransport):
+    """aiohttp's transport; what it has no httpx error for (an answer that is no HTTP, say) is a protocol error."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        try:
+            return await super().handle_async_request(request)
+        except aiohttp.ClientError as error:
+            raise httpx.RemoteProtocolError(str(error), request=request) from error
+
+
+async def in_slices(body: bytes) -> AsyncIterator[bytes]:
+    """A large body in pieces, so that other calls go on while it is sent; goes with its content-length."""
+    view = memoryview(body)
+    for start in range(0, len(body), SLICE_BYTES):
+        yield bytes(view[start : start + SLICE_BYTES])
 
 
 def was_not_sent(error: Exception) -> bool:

@@ -16,7 +16,7 @@ from pydantic_core import from_json
 from shared import wire
 from shared.discovery import Instance, Instances
 from shared.errors import NotInitialized, ServiceError, SessionServiceUnavailable, decode
-from shared.http_client import http_client, was_not_sent
+from shared.http_client import SLICE_BYTES, http_client, in_slices, was_not_sent
 from shared.json import dumps
 
 log = structlog.get_logger(__name__)
@@ -135,7 +135,8 @@ class SessionClient:
     ) -> Answer:
         await self._instances.first(_FIRST_INSTANCE_SECONDS)
         query = {**(params or {}), **({"user_id": key.user_id} if key else {})}
-        content = None if body is None else dumps(body.model_dump(exclude_none=True))
+        sent = b"" if body is None else dumps(body.model_dump(exclude_none=True))
+        lengths = {"content-length": str(len(sent))} if len(sent) > SLICE_BYTES else {}
         timeout = self._client.timeout
         if extra_seconds:
             read = (timeout.read or 0) + extra_seconds
@@ -147,8 +148,8 @@ class SessionClient:
                     method,
                     instance.url + path,
                     params=query,
-                    content=content,
-                    headers={"content-type": "application/json", **(headers or {})},
+                    content=in_slices(sent) if lengths else sent,
+                    headers={"content-type": "application/json", **lengths, **(headers or {})},
                     timeout=timeout,
                 )
             except (httpx.HTTPError, OSError) as error:

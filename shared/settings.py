@@ -16,7 +16,7 @@ class SharedSettings(BaseSettings):
 
     environment: str = "dev"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    debug: bool = False
+    debug: bool = Field(default=False, description="Log everything, whatever LOG_LEVEL says")
     revision: str = Field("unknown", description="Revision shown in metrics and health")
     data_dir: Path | None = Field(None, description="Folder for local state; .data/ENVIRONMENT by default")
 

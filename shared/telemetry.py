@@ -13,10 +13,12 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
 from shared import __version__
+from shared.settings import SharedSettings
 
 
-def configure_logging(level: str, service: str) -> None:
+def configure_logging(settings: SharedSettings, service: str) -> None:
     """Sets up structlog and the standard library's logging, which dependencies use, to write the same lines."""
+    level = "DEBUG" if settings.debug else settings.log_level
     shared_processors: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,

@@ -13,7 +13,6 @@ two processes. Arguments go to pytest: run_tests.sh tests/relay -x, run_tests.sh
 
 Environment:
   TEST_DATABASE_URL        use this Postgres instead of an embedded one
-  TEST_POSTGRES=container  use one in a container (testcontainers)
   VENV                     a Python environment to use as it is, instead of .venv
 TEXT
 }

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import structlog
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Scope
 
 from services.session_service import news, retention, revision
@@ -19,7 +20,7 @@ from services.session_service.state import State
 from services.session_service.stats import Cached
 from shared import __version__
 from shared.database import Database, Violation
-from shared.door import BodyRules, Door, error_answer
+from shared.door import BodyRules, Door, client_gone, error_answer
 from shared.errors import (
     Internal,
     MethodNotAllowed,
@@ -54,6 +55,7 @@ def create_app(settings: SessionServiceSettings, database: Database, lifecycle: 
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(Violation, _on_violation)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientDisconnect, client_gone)
     app.add_exception_handler(Exception, _on_fault)
     return Door(
         app,

@@ -11,7 +11,7 @@ NAME = "session_service"
 
 def main() -> None:
     settings = read_settings(SessionServiceSettings, NAME)
-    configure_logging(settings.log_level, NAME)
+    configure_logging(settings, NAME)
     lifecycle = Lifecycle()
     app = create_app(settings, from_settings(settings, NAME), lifecycle)
     run(

@@ -79,7 +79,7 @@ def _short(word: str) -> str:
     return word[:_LONGEST_WORD] + hashlib.sha256(word.encode()).hexdigest()[:16]
 
 
-def _own(user_id: str) -> str:
+def own_prefix(user_id: str) -> str:
     """What makes a user's words their own: the index then holds no list that grows with other users' texts."""
     return b64encode(hashlib.sha256(user_id.encode()).digest()[:6], altchars=b"ab").decode()
 
@@ -87,7 +87,7 @@ def _own(user_id: str) -> str:
 def vector(user_id: str, text: str) -> tuple[str, bool]:
     """The text of a tsvector, and whether the text is too long for its places to be trusted."""
     cut = text.encode("utf-8", "replace")[:SEARCHED_BYTES].decode("utf-8", "ignore")
-    own = _own(user_id)
+    own = own_prefix(user_id)
     by_word: dict[str, list[int]] = {}
     last = 0
     for word, place, _ in places(fold(cut)):
@@ -108,7 +108,7 @@ def query(user_id: str, asked: str) -> tuple[str, str] | None:
 
     All words must occur, those in quotes as a phrase; so must the parts of what was written without a blank.
     """
-    own = _own(user_id)
+    own = own_prefix(user_id)
     phrases = [_phrase(own, fold(part)) for part in _parts(asked)]
     phrases = [phrase for phrase in phrases if phrase[0]]
     if not phrases:

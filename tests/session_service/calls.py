@@ -7,12 +7,13 @@ by turning back a session's clock in the database where a test would otherwise h
 import re
 import uuid
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import asyncpg
 import httpx
 
-Json = dict[str, Any]
+Json: TypeAlias = dict[str, Any]
+Db: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 UUID7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
@@ -182,7 +183,7 @@ class Turn:
         return fine(await self.chat.call("GET", f"/turns/{self.id}"))
 
 
-async def wait(db: "asyncpg.Connection[asyncpg.Record]", chat: Chat, seconds: float) -> None:
+async def wait(db: Db, chat: Chat, seconds: float) -> None:
     """As if these seconds had passed for this session: every time of it and of its turns moves back."""
     key = (chat.user.id, chat.id, seconds)
     moved = "{0} = {0} - $3 * interval '1 second'"
@@ -193,7 +194,7 @@ async def wait(db: "asyncpg.Connection[asyncpg.Record]", chat: Chat, seconds: fl
     await db.execute(f"UPDATE dev.session_turns SET {columns} WHERE user_id = $1 AND session_id = $2", *key)
 
 
-async def check_counters(db: "asyncpg.Connection[asyncpg.Record]", chat: Chat) -> Json:
+async def check_counters(db: Db, chat: Chat) -> Json:
     """The session, after its counters were found equal to its rows, and the seqs without a gap or a twin."""
     session = await chat.get()
     rows = await db.fetch(
@@ -209,7 +210,7 @@ async def check_counters(db: "asyncpg.Connection[asyncpg.Record]", chat: Chat) -
     return session
 
 
-async def stored_rows(db: "asyncpg.Connection[asyncpg.Record]", user_id: str) -> int:
+async def stored_rows(db: Db, user_id: str) -> int:
     """How many rows of any kind a user has, and how far their versions have moved: changes with every write."""
     return int(
         await db.fetchval(

@@ -4,6 +4,7 @@ Its one invariant: `problem` is None only for a context that could be sent as it
 receipt names as pending have been answered.
 """
 
+from itertools import pairwise
 from typing import Any
 
 from tests.session_service.calls import Json
@@ -16,7 +17,7 @@ def problem(messages: list[Json], pending: list[str], system: str = "") -> str |
     """The first thing that is wrong, or None; no messages at all are no request, and so no wrong one."""
     if not messages:
         return "calls are pending in nothing" if pending else None
-    for before, after in zip(messages, messages[1:], strict=False):
+    for before, after in pairwise(messages):
         if before["role"] == after["role"]:
             return f"two messages of {after['role']} in a row"
     if found := sum(_breakpoints(message["content"]) for message in messages) > MAX_CACHE_BREAKPOINTS:

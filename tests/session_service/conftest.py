@@ -9,11 +9,11 @@ import pytest_asyncio
 
 from shared.http_client import http_client
 from tests.processes import ServiceProcess
-from tests.session_service.calls import User
+from tests.session_service.calls import Db, User
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def db(database_url: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+async def db(database_url: str) -> AsyncIterator[Db]:
     """A connection to the database of the shared service, for looking behind it."""
     connection = await asyncpg.connect(database_url)
     yield connection

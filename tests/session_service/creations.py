@@ -26,6 +26,7 @@ class Request:
     path: str
     params: dict[str, str]
     body: dict[str, Any]
+    other_body: dict[str, Any] | None = None
 
     async def send(self, http: httpx.AsyncClient, key: str | bytes | None, **headers: str) -> httpx.Response:
         sent: list[tuple[str | bytes, str | bytes]] = list(headers.items())
@@ -35,9 +36,8 @@ class Request:
 
     def other(self) -> "Request":
         """The same call with another body."""
-        if "json" in self.body:
-            return Request(self.path, self.params, {"json": self.body["json"] | {"title": "x", "metadata": {"x": 1}}})
-        return Request(self.path, self.params, {"content": self.body["content"] + b"\n"})
+        other = self.other_body or {"json": self.body["json"] | {"title": "x", "metadata": {"x": 1}}}
+        return Request(self.path, self.params, other)
 
 
 async def _session(user: User, _chat: Chat) -> Request:
@@ -90,9 +90,10 @@ async def exported(chat: Chat) -> bytes:
 
 async def _import(user: User, chat: Chat) -> Request:
     """The chat's own file, for another user, so that the id is free there."""
-    other = user.other()
-    params = other.params | {"session_id": "imported"}
-    return Request("/sessions/import", params, {"content": await exported(chat)})
+    params = user.other().params | {"session_id": "imported"}
+    file = await exported(chat)
+    fine(await chat.put(title="later"))
+    return Request("/sessions/import", params, {"content": file}, {"content": await exported(chat)})
 
 
 KINDS: dict[str, Callable[[User, Chat], Awaitable[Request]]] = {

@@ -3,12 +3,9 @@
 import asyncio
 import random
 
-import asyncpg
 import httpx
 
-from tests.session_service.calls import Chat, Turn, User, check_counters, fine, refused, said
-
-Db = "asyncpg.Connection[asyncpg.Record]"
+from tests.session_service.calls import Chat, Db, Turn, User, check_counters, fine, refused, said
 
 
 async def test_fifty_clients_append_forty_each_to_one_session(user: User, crowd: httpx.AsyncClient, db: Db) -> None:
@@ -27,7 +24,9 @@ async def test_fifty_clients_append_forty_each_to_one_session(user: User, crowd:
     session = await check_counters(db, chat)
     assert (session["message_count"], session["total_tokens"], session["total_cost"]) == (2000, 2000, 0.002)
     assert session["version"] == 2001
-    listed = (await chat.messages(page_size=1000))["messages"] + (await chat.messages(page_size=1000, page=2))["messages"]
+    listed = (await chat.messages(page_size=1000))["messages"] + (await chat.messages(page_size=1000, page=2))[
+        "messages"
+    ]
     for name, found in enumerate(by_client):
         assert [listed[seq - 1]["content"] for seq in found] == [f"{name}/{number}" for number in range(40)]
     times = [each["created_at"] for each in listed]

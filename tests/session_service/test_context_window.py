@@ -1,14 +1,13 @@
 """The window's start: stored on the session, still from turn to turn, moved in large steps, and by turns only."""
 
+from itertools import pairwise
 from typing import Any
 
-import asyncpg
 import pytest
 
-from tests.session_service.calls import Chat, Json, Turn, User, fine, said
+from tests.session_service.calls import Chat, Db, Json, Turn, User, fine, said
 from tests.session_service.test_context import checked
 
-Db = "asyncpg.Connection[asyncpg.Record]"
 BUDGET = 4000
 QUESTION = "word " * 40  # about 75 tokens by the estimate
 ANSWER = "reply " * 40
@@ -38,17 +37,17 @@ async def test_the_start_stands_still_until_the_budget_is_exceeded_then_takes_a_
         texts.append([each["content"] for each in turn.opened["context"]["messages"]])
         assert await stored_start(db, chat) == starts[-1]
     assert starts == sorted(starts)
-    moves = [turn for turn in range(1, 70) if starts[turn] != starts[turn - 1]]
+    moves = [place for place in range(1, 70) if starts[place] != starts[place - 1]]
     assert 2 <= len(moves) <= 6
-    for turn in range(1, 70):
-        grown = totals[turn - 1] + 2 * 110
-        if turn in moves:
+    for place in range(1, 70):
+        grown = totals[place - 1] + 2 * 110
+        if place in moves:
             assert grown > BUDGET  # it would not have fitted
-            assert 0.45 * BUDGET < totals[turn] <= 0.6 * BUDGET
-            assert starts[turn] % 2 == 1  # at a message of the user's
-            assert texts[turn][0].startswith("q")
+            assert 0.45 * BUDGET < totals[place] <= 0.6 * BUDGET
+            assert starts[place] % 2 == 1  # at a message of the user's
+            assert texts[place][0].startswith("q")
         else:
-            assert texts[turn][: len(texts[turn - 1])] == texts[turn - 1]  # the same beginning: caches hit
+            assert texts[place][: len(texts[place - 1])] == texts[place - 1]  # the same beginning: caches hit
     last = await chat.context(max_tokens=BUDGET)
     assert last["receipt"]["window_start_seq"] == starts[-1]
     assert last["receipt"]["left_out"] == [{"from_seq": 1, "to_seq": starts[-1] - 1, "reason": "before_window"}]
@@ -62,12 +61,12 @@ async def test_a_budget_of_messages_moves_it_too(user: User) -> None:
         receipt = checked(turn.opened["context"], max_messages=11)
         starts.append(receipt["window_start_seq"])
     assert starts[:6] == [1] * 6
-    moves = [turn for turn in range(1, 30) if starts[turn] != starts[turn - 1]]
-    for turn in moves:
-        kept = 2 * turn + 1 - starts[turn] + 1
+    moves = [place for place in range(1, 30) if starts[place] != starts[place - 1]]
+    for place in moves:
+        kept = 2 * place + 1 - starts[place] + 1
         assert kept <= 0.6 * 11
         assert kept >= 5
-    assert all(later - earlier >= 3 for earlier, later in zip(moves, moves[1:], strict=False))
+    assert all(later - earlier >= 3 for earlier, later in pairwise(moves))
 
 
 async def test_reading_never_moves_it(user: User, db: Db) -> None:
@@ -75,8 +74,9 @@ async def test_reading_never_moves_it(user: User, db: Db) -> None:
     for number in range(10):
         await talk(chat, {}, number)
     before = await chat.get()
-    for params in ({"max_tokens": 500}, {"max_messages": 3}, {"max_tokens": 2000, "memories": "true"}):
-        checked(await chat.context(**params), params.get("max_tokens", 100_000), params.get("max_messages"))
+    for max_tokens, max_messages in ((500, None), (100_000, 3), (2000, 5)):
+        params = {"max_tokens": max_tokens, **({"max_messages": max_messages} if max_messages else {})}
+        checked(await chat.context(**params), max_tokens, max_messages)
         assert await stored_start(db, chat) == 1
     assert await chat.get() == before
     assert (await chat.context())["receipt"]["included"] == [[1, 20]]

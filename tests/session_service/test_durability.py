@@ -13,8 +13,6 @@ from shared.http_client import http_client
 from tests.processes import free_port, start_session_service
 from tests.session_service.calls import Chat, Json, Turn, User, check_counters, fine, new_user_id, said
 
-Db = "asyncpg.Connection[asyncpg.Record]"
-
 
 @asynccontextmanager
 async def client_of(port: int) -> AsyncIterator[httpx.AsyncClient]:
@@ -74,7 +72,9 @@ async def test_the_service_ends_in_the_middle_of_a_hundred_parallel_appends(
             user = User(client, user_id)
             busy, *others = [(await user.create(session_id=f"s{number}"))["session_id"] for number in range(10)]
             tasks = [append_until_it_fails(Chat(user, busy), f"c{number}", acknowledged) for number in range(50)]
-            tasks += [append_until_it_fails(Chat(user, each), f"c{n}", acknowledged) for each in others[:5] for n in range(10)]
+            tasks += [
+                append_until_it_fails(Chat(user, each), f"c{n}", acknowledged) for each in others[:5] for n in range(10)
+            ]
             tasks += [talk_until_it_fails(Chat(user, each), acknowledged) for each in others[5:]]
             running = asyncio.gather(*tasks)
             while len(acknowledged) < 300:
@@ -94,7 +94,9 @@ async def test_the_service_ends_in_the_middle_of_a_hundred_parallel_appends(
                 found = await stored(chat)
                 rows += len(found)
                 assert (await check_counters(connection, chat))["message_count"] == len(found)
-                kept = {message_id: message for message_id, message in acknowledged.items() if message["session_id"] == each}
+                kept = {
+                    message_id: message for message_id, message in acknowledged.items() if message["session_id"] == each
+                }
                 assert {message_id: found.get(message_id) for message_id in kept} == kept
             if graceful:  # nobody was left without an answer
                 assert rows == len(acknowledged)

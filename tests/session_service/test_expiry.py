@@ -8,9 +8,7 @@ import asyncpg
 import httpx
 
 from tests.processes import free_port, start_session_service
-from tests.session_service.calls import Chat, User, check_counters, fine, new_user_id, refused, said, wait
-
-Db = "asyncpg.Connection[asyncpg.Record]"
+from tests.session_service.calls import Chat, Db, User, check_counters, fine, new_user_id, refused, said, wait
 
 
 async def expired_chat(user: User, db: Db) -> Chat:
@@ -18,7 +16,9 @@ async def expired_chat(user: User, db: Db) -> Chat:
     chat = await user.chat(idle_timeout_seconds=60)
     await chat.append("x")
     await wait(db, chat, 61)
-    stored = await db.fetchval("SELECT status FROM dev.sessions WHERE user_id = $1 AND session_id = $2", user.id, chat.id)
+    stored = await db.fetchval(
+        "SELECT status FROM dev.sessions WHERE user_id = $1 AND session_id = $2", user.id, chat.id
+    )
     assert stored == "active"
     return chat
 
@@ -42,7 +42,10 @@ async def test_expires_at_follows_activity(user: User) -> None:
     chat = Chat(user, session["session_id"])
 
     def gap(found: dict[str, str]) -> float:
-        moments = [time.mktime(time.strptime(found[name][:19], "%Y-%m-%dT%H:%M:%S")) for name in ("expires_at", "last_activity")]
+        moments = [
+            time.mktime(time.strptime(found[name][:19], "%Y-%m-%dT%H:%M:%S"))
+            for name in ("expires_at", "last_activity")
+        ]
         return moments[0] - moments[1]
 
     assert gap(session) == 60
@@ -71,7 +74,9 @@ async def test_an_expired_session_is_ended_wherever_it_is_read(user: User, db: D
         (await user.sessions())["sessions"][0],
         fine(await user.http.get(f"/users/{user.id}/sessions"))["sessions"][0],
         (await user.sessions(status="ended"))["sessions"][0],
-        fine(await user.http.post("/sessions", json={"user_id": user.id, "session_id": chat.id, "if_exists": "return"})),
+        fine(
+            await user.http.post("/sessions", json={"user_id": user.id, "session_id": chat.id, "if_exists": "return"})
+        ),
     ]
     for each in shown:
         assert (each["status"], each["is_active"]) == ("ended", False)
@@ -90,7 +95,11 @@ async def test_an_expired_session_takes_nothing(user: User, db: Db) -> None:
     refused(await chat.post("late"), 409, "session_not_active")
     again = await expired_chat(user, db)
     refused(await again.turn(said("late")), 409, "session_not_active")
-    refused(await again.turn(said("late"), create_session={"if_exists": "return"}, wait_seconds=5), 409, "session_not_active")
+    refused(
+        await again.turn(said("late"), create_session={"if_exists": "return"}, wait_seconds=5),
+        409,
+        "session_not_active",
+    )
     assert await again.contents() == ["x"]
     for each in (chat, again):
         session = await check_counters(db, each)

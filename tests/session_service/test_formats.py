@@ -114,7 +114,13 @@ async def test_the_three_formats_over_http(user: User) -> None:
         {"role": "user", "content": "Thanks"},
     ]
     plain = await chat.context(format="plain")
-    assert [each["content"] for each in plain["messages"]] == ["What is the weather?", "Let me look.", "And this?", "A picture.", "Thanks"]
+    assert [each["content"] for each in plain["messages"]] == [
+        "What is the weather?",
+        "Let me look.",
+        "And this?",
+        "A picture.",
+        "Thanks",
+    ]
     assert claude["receipt"] == openai["receipt"] == plain["receipt"]
     turn = await chat.open(said("more"), context={"format": "openai"})
     assert turn.opened["context"]["messages"][:-1] == openai["messages"][:-1]

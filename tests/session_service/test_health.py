@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -25,7 +26,9 @@ def guarded(database_url: str, scratch: Path) -> Iterator[ServiceProcess]:
 
 
 @pytest.mark.parametrize(("path", "status"), [("/health", "healthy"), ("/health/live", None), ("/health/ready", None)])
-async def test_health(session_service: ServiceProcess, sessions: httpx.AsyncClient, path: str, status: str | None) -> None:
+async def test_health(
+    session_service: ServiceProcess, sessions: httpx.AsyncClient, path: str, status: str | None
+) -> None:
     body = fine(await sessions.get(session_service.url + path))
     assert list(body) == HEALTH
     assert (body["service"], body["port"], body["version"]) == ("session_service", session_service.port, "1.0.0")
@@ -120,9 +123,24 @@ async def test_the_description(session_service: ServiceProcess, sessions: httpx.
 # ── tokens ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("sent", [None, "", "one", "Bearer", "Bearer three", "Basic one", "Bearer one,two", "Bearer ONE", "Token one", "Bearer one two", "Bearer \xe9"])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        None,
+        "",
+        "one",
+        "Bearer",
+        "Bearer three",
+        "Basic one",
+        "Bearer one,two",
+        "Bearer ONE",
+        "Token one",
+        "Bearer one two",
+        "Bearer \xe9",
+    ],
+)
 async def test_without_one_of_the_tokens(guarded: ServiceProcess, sent: str | None) -> None:
-    headers = {} if sent is None else {"authorization": sent.encode("latin-1")}
+    headers = httpx.Headers([] if sent is None else [(b"authorization", sent.encode("latin-1"))])
     async with httpx.AsyncClient(base_url=guarded.url, trust_env=False) as client:
         for method, path in (
             ("GET", "/api/v1/sessions?user_id=u"),
@@ -203,7 +221,7 @@ def agent(scratch: Path) -> Iterator[Process]:
 async def test_stopping_says_draining_leaves_consul_first_and_finishes_what_runs(
     database_url: str, scratch: Path, agent: Process
 ) -> None:
-    settings = {"CONSUL_HOST": "127.0.0.1", "CONSUL_PORT": str(agent.port)}
+    settings: dict[str, Any] = {"CONSUL_HOST": "127.0.0.1", "CONSUL_PORT": str(agent.port)}
     with start_session_service(database_url, scratch, free_port(), **settings) as service:
         async with httpx.AsyncClient(base_url=f"{service.url}/api/v1", trust_env=False) as client:
             name = f"session_service-127.0.0.1-{service.port}"

@@ -3,13 +3,11 @@
 import asyncio
 import time
 
-import asyncpg
 import httpx
 import pytest
 
-from tests.session_service.calls import Turn, User, check_counters, fine, invalid, refused, said, stored_rows, wait
+from tests.session_service.calls import Db, Turn, User, check_counters, fine, invalid, refused, said, stored_rows, wait
 
-Db = "asyncpg.Connection[asyncpg.Record]"
 ANSWER = said("paid for", "assistant")
 
 

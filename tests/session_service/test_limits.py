@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import asyncpg
 import httpx
 import pytest
 
-from tests.session_service.calls import Chat, Json, Turn, User, fine, invalid, said, stored_rows
+from tests.session_service.calls import Chat, Db, Json, Turn, User, invalid, said, stored_rows
 
 KIB = 1024
 BIG = 2**53
@@ -81,9 +80,11 @@ def at(*path: str | int) -> Make:
 
     def make(value: Any) -> Json:
         for step in reversed(path):
-            value = [value if isinstance(value, dict) and "role" in value else said("x") | value] if step == 0 else {
-                step: value
-            }
+            value = (
+                [value if isinstance(value, dict) and "role" in value else said("x") | value]
+                if step == 0
+                else {step: value}
+            )
         found: Json = value
         return found
 
@@ -246,9 +247,7 @@ CASES = list(cases())
 
 
 @pytest.mark.parametrize("route", sorted({route for route, _, _ in CASES}))
-async def test_what_breaks_a_limit_is_named_and_not_stored(
-    room: Room, db: "asyncpg.Connection[asyncpg.Record]", route: str
-) -> None:
+async def test_what_breaks_a_limit_is_named_and_not_stored(room: Room, db: Db, route: str) -> None:
     user_id = room.chat.user.id
     before = await stored_rows(db, user_id)
     wrong = []

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import asyncpg
 import pytest
 
-from tests.session_service.calls import Chat, Json, User, check_counters, fine, said
+from tests.session_service.calls import Chat, Db, User, check_counters, fine, said
 from tests.session_service.test_limits import BIG, KIB, OBJECTS, Loc, Room, at, furnished, nested, object_of
 
 GOOD_OBJECTS: dict[str, Any] = {
@@ -16,7 +15,7 @@ GOOD_OBJECTS: dict[str, Any] = {
     "64 KiB of 😀": object_of(64 * KIB, "😀"),
     "numbers": {"a": [0, -1, 0.1, 1.5e-7, 123456789.125, True, False, None]},
     "odd keys": {"": 1, " ": 2, "a.b": {"$": None}, "é": "é", "\u0301": 1, "é\u0301": "\ufffe\uffff"},
-    "odd texts": {"a": "\u0001\u001f\u007f\\ \" / \r\n", "b": "\ufeff\u200b\u202e"},
+    "odd texts": {"a": '\u0001\u001f\u007f\\ " / \r\n', "b": "\ufeff\u200b\u202e"},
 }
 
 
@@ -24,11 +23,11 @@ async def sent_and_found(room: Room, route: str, place: Loc, value: Any) -> Any:
     """What the answer, and then a reading call, give for what was sent at this place."""
     if route in {"append", "open"}:
         await room.turn.complete()
-    answer = fine(await room.send(route, at(*place)(value)))
+    answer: Any = fine(await room.send(route, at(*place)(value)))
     chat = room.chat
     if route == "create":
         chat = Chat(chat.user, answer["session_id"])
-    again: Json
+    again: Any
     match route:
         case "create" | "update":
             again = await chat.get()
@@ -85,7 +84,7 @@ async def test_titles_are_kept_exactly(user: User, title: str) -> None:
     assert fine(await Chat(user, made["session_id"]).put(title=title)) == made
 
 
-async def test_figures_at_their_limits(user: User, db: "asyncpg.Connection[asyncpg.Record]") -> None:
+async def test_figures_at_their_limits(user: User, db: Db) -> None:
     chat = await user.chat()
     costs = [0, 0.0, 0.000001, 999_999.999999, 0.1, 0.2, 1e-6, 3, 12.345678, 1e5]
     for cost in costs:
@@ -124,7 +123,23 @@ async def test_message_ids_of_the_callers_own(user: User, message_id: str) -> No
 
 @pytest.mark.parametrize(
     "session_id",
-    ["x", "x" * 255, "é" * 255, "😀", "a b", "a:b", "...", ".a", "Stats", "stats2", "turns", "%2F", "a%b", "a?b#c", "\ufeff"],
+    [
+        "x",
+        "x" * 255,
+        "é" * 255,
+        "😀",
+        "a b",
+        "a:b",
+        "...",
+        ".a",
+        "Stats",
+        "stats2",
+        "turns",
+        "%2F",
+        "a%b",
+        "a?b#c",
+        "\ufeff",
+    ],
 )
 async def test_session_and_user_ids_of_the_callers_own(user: User, session_id: str) -> None:
     quoted = "".join(f"%{byte:02X}" for byte in session_id.encode())
@@ -140,7 +155,7 @@ async def test_session_and_user_ids_of_the_callers_own(user: User, session_id: s
     assert fine(await chat.end()) == {"message": "Session ended successfully"}
 
 
-async def test_a_turn_of_ten_thousand_messages(user: User, db: "asyncpg.Connection[asyncpg.Record]") -> None:
+async def test_a_turn_of_ten_thousand_messages(user: User, db: Db) -> None:
     chat = await user.chat()
     turn = await chat.open(*[said(f"m{number}") for number in range(10_000)], context={"max_messages": 2})
     assert [each["seq"] for each in turn.opened["messages"]] == list(range(1, 10_001))

@@ -4,10 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-import asyncpg
 import pytest
 
-from tests.session_service.calls import Chat, Json, User, fine, invalid, said, wait
+from tests.session_service.calls import Chat, Db, Json, User, fine, invalid, said, wait
 from tests.session_service.test_update_end import WAY_TO
 
 
@@ -34,7 +33,13 @@ async def test_both_lists_are_one(user: User) -> None:
     await made(user, 3)
     chat = await user.chat()
     await chat.append("x", tokens_used=4)
-    for params in ({}, {"page": 2, "page_size": 2}, {"active_only": "true"}, {"status": "ended"}, {"order": "created_at"}):
+    for params in (
+        {},
+        {"page": 2, "page_size": 2},
+        {"active_only": "true"},
+        {"status": "ended"},
+        {"order": "created_at"},
+    ):
         there = await user.http.get(f"/users/{user.id}/sessions", params=params)
         assert fine(there) == await user.sessions(**params)
     listed = await user.sessions()
@@ -101,9 +106,7 @@ async def test_a_walk_while_others_write_repeats_and_skips_nothing(user: User, o
     assert [each for each in found if each in expected] == expected
 
 
-async def test_sessions_of_one_moment_are_told_apart_by_their_ids(
-    user: User, db: "asyncpg.Connection[asyncpg.Record]"
-) -> None:
+async def test_sessions_of_one_moment_are_told_apart_by_their_ids(user: User, db: Db) -> None:
     everything = await made(user, 5)
     await db.execute("UPDATE dev.sessions SET last_activity = now(), created_at = now() WHERE user_id = $1", user.id)
     for order in ("last_activity", "created_at"):
@@ -111,7 +114,7 @@ async def test_sessions_of_one_moment_are_told_apart_by_their_ids(
         assert sorted(found) == sorted(everything)
 
 
-async def test_statuses(user: User, db: "asyncpg.Connection[asyncpg.Record]") -> None:
+async def test_statuses(user: User, db: Db) -> None:
     by_status: dict[str, list[str]] = {}
     for status, way in WAY_TO.items():
         for _ in range(2):

@@ -1,5 +1,7 @@
 """Memories: made, found, changed and deleted; of a session, and across a user's sessions."""
 
+from typing import Any
+
 import httpx
 import pytest
 
@@ -13,11 +15,11 @@ def contents(listed: Json) -> list[str]:
     return [each["content"] for each in listed["memories"]]
 
 
-async def memories(chat: Chat, **params: object) -> Json:
+async def memories(chat: Chat, **params: Any) -> Json:
     return fine(await chat.call("GET", "/memories", params=params))
 
 
-async def of_user(user: User, **params: object) -> Json:
+async def of_user(user: User, **params: Any) -> Json:
     return fine(await user.http.get(f"/users/{user.id}/memories", params=params))
 
 
@@ -78,7 +80,7 @@ async def test_walks(user: User, size: int) -> None:
         found: list[str] = []
         cursor: dict[str, str] = {}
         while True:
-            listed = fine(await user.http.get(path, params=user.params | {"limit": size} | cursor))
+            listed = fine(await user.http.get(path, params={**user.params, "limit": size, **cursor}))
             found += contents(listed)
             await chat.remember("meanwhile")
             if listed["next_cursor"] is None:
@@ -93,7 +95,8 @@ async def test_changing_a_memory(user: User) -> None:
     chat = await user.chat()
     memory = await chat.remember("old", metadata={"a": 1})
     path = f"/memories/{memory['memory_id']}"
-    for change in ({"content": "new"}, {"metadata": {"b": 2}}, {"memory_type": "entity"}, {"metadata": {}}):
+    changes: list[Json] = [{"content": "new"}, {"metadata": {"b": 2}}, {"memory_type": "entity"}, {"metadata": {}}]
+    for change in changes:
         after = fine(await chat.call("PUT", path, json=change))
         assert after == memory | change | {"updated_at": after["updated_at"]}
         assert after["updated_at"] > memory["updated_at"]
@@ -166,6 +169,10 @@ async def test_memories_belong_to_one_user(user: User) -> None:
 
 
 async def test_memories_of_nobody(sessions: httpx.AsyncClient, user: User) -> None:
-    refused(await Chat(user, "nowhere").call("POST", "/memory", json={"memory_type": "custom", "content": "x"}), 404, "session_not_found")
+    refused(
+        await Chat(user, "nowhere").call("POST", "/memory", json={"memory_type": "custom", "content": "x"}),
+        404,
+        "session_not_found",
+    )
     refused(await Chat(user, "nowhere").call("GET", "/memories"), 404, "session_not_found")
     assert (await sessions.get(f"/users/{user.id}/memories")).json()["memories"] == []

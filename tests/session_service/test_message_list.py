@@ -9,7 +9,9 @@ from tests.session_service.calls import Chat, Json, User, said
 
 async def filled(user: User, count: int) -> Chat:
     chat = await user.chat()
-    turn = await chat.open(*(said(f"m{number}", "user" if number % 2 else "assistant") for number in range(1, count + 1)))
+    turn = await chat.open(
+        *(said(f"m{number}", "user" if number % 2 else "assistant") for number in range(1, count + 1))
+    )
     await turn.complete()
     return chat
 
@@ -84,7 +86,13 @@ async def test_walking_on_from_a_seq_while_others_append(user: User) -> None:
 
 async def test_filters(user: User) -> None:
     chat = await user.chat()
-    kinds = [("user", "chat"), ("assistant", "tool_call"), ("tool", "tool_result"), ("system", "system"), ("user", "notification")]
+    kinds = [
+        ("user", "chat"),
+        ("assistant", "tool_call"),
+        ("tool", "tool_result"),
+        ("system", "system"),
+        ("user", "notification"),
+    ]
     for role, kind in kinds * 2:
         await chat.append("x", role, message_type=kind)
     for number, (role, kind) in enumerate(kinds, start=1):

@@ -3,16 +3,13 @@
 import asyncio
 from typing import Any
 
-import asyncpg
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.canonical import message_hash
-from tests.session_service.calls import Chat, Json, User, check_counters, fine, refused, said
-
-Db = "asyncpg.Connection[asyncpg.Record]"
+from tests.session_service.calls import Chat, Db, Json, User, check_counters, fine, refused, said
 
 ROLES = ("user", "assistant", "system", "tool_call", "tool_result", "tool")
 TYPES = ("chat", "system", "tool_call", "tool_result", "notification")
@@ -25,7 +22,7 @@ TEXTS = [
     "عربى \u202eRTL\u202c 中文，日本語、한국어",
     "\u200b\ufeff\u2028\u2029\u0085",
     "\x01\x1f\x7f\x80\x9f",
-    'quote " back \\ slash / \\u0000 \\ud800 %00 <script> \'; DROP TABLE sessions; --',
+    "quote \" back \\ slash / \\u0000 \\ud800 %00 <script> '; DROP TABLE sessions; --",
     "\ufffd\ufffe\uffff",
     "x" * 100_000,
 ]
@@ -121,7 +118,11 @@ over_http = settings(
 
 
 @over_http
-@given(text=any_text.filter(lambda text: text.strip()), native=any_json, more=st.dictionaries(any_text, any_json, max_size=3))
+@given(
+    text=any_text.filter(lambda text: text.strip()),
+    native=any_json,
+    more=st.dictionaries(any_text, any_json, max_size=3),
+)
 async def test_whatever_was_accepted_comes_back(user: User, text: str, native: Any, more: Json) -> None:
     chat = await user.chat()
     block = {**more, "type": "text", "text": text}

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import httpx
@@ -21,7 +22,7 @@ from tests.processes import ServiceProcess, free_port, start_session_service
 from tests.session_service.calls import Chat, Json, User, check_counters, fine, new_user_id, refused, said
 from tests.session_service.test_durability import append_until_it_fails, stored
 
-TIMEOUTS = {"DATABASE_TIMEOUT_SECONDS": "0.5", "DATABASE_CONNECT_TIMEOUT_SECONDS": "0.5"}
+TIMEOUTS: dict[str, Any] = {"DATABASE_TIMEOUT_SECONDS": "0.5", "DATABASE_CONNECT_TIMEOUT_SECONDS": "0.5"}
 QUICKLY_SECONDS = 4.0
 
 

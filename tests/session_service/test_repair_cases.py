@@ -70,7 +70,13 @@ def test_only_an_assistant_gives_nothing() -> None:
 
 
 def test_calls_and_results_are_matched_by_id_even_when_not_adjacent() -> None:
-    history = [("user", "q"), ("assistant", [call("c1")]), ("user", "wait"), ("assistant", "ok"), ("user", [result("c1")])]
+    history = [
+        ("user", "q"),
+        ("assistant", [call("c1")]),
+        ("user", "wait"),
+        ("assistant", "ok"),
+        ("user", [result("c1")]),
+    ]
     done = repaired(*history)
     assert contents(done) == ["q", [call("c1")], [result("c1"), text("wait")], "ok"]
     assert kinds(done) == [("moved_tool_result", 5)]
@@ -79,7 +85,11 @@ def test_calls_and_results_are_matched_by_id_even_when_not_adjacent() -> None:
 
 
 def test_results_come_first_in_their_message() -> None:
-    done = repaired(("user", "q"), ("assistant", [call("c1"), call("c2")]), ("user", [text("x"), result("c2"), text("y"), result("c1")]))
+    done = repaired(
+        ("user", "q"),
+        ("assistant", [call("c1"), call("c2")]),
+        ("user", [text("x"), result("c2"), text("y"), result("c1")]),
+    )
     blocks = contents(done)[2]
     assert {blocks[0]["tool_use_id"], blocks[1]["tool_use_id"]} == {"c1", "c2"}
     assert blocks[2:] == [text("x"), text("y")]
@@ -143,7 +153,12 @@ def test_unsigned_thinking_is_left_out_and_signed_kept() -> None:
 
 
 def test_a_message_that_would_end_with_thinking_is_left_out() -> None:
-    for tail in ([thought()], [text("a"), thought()], [thought(), text("cut", incomplete=True)], [{"type": "redacted_thinking", "data": "d"}]):
+    for tail in (
+        [thought()],
+        [text("a"), thought()],
+        [thought(), text("cut", incomplete=True)],
+        [{"type": "redacted_thinking", "data": "d"}],
+    ):
         done = repaired(("user", "q"), ("assistant", tail), ("user", "x"))
         assert contents(done) == [[text("q"), text("x")]]
         assert [seq for seq, _ in left(done)] == [2]
@@ -151,7 +166,11 @@ def test_a_message_that_would_end_with_thinking_is_left_out() -> None:
 
 def test_thinking_before_a_call_that_was_there_already() -> None:
     done = repaired(
-        ("user", "q"), ("assistant", [call("c1")]), ("user", [result("c1")]), ("assistant", [thought(), call("c1")]), ("user", "x")
+        ("user", "q"),
+        ("assistant", [call("c1")]),
+        ("user", [result("c1")]),
+        ("assistant", [thought(), call("c1")]),
+        ("user", "x"),
     )
     assert contents(done)[2:] == [[result("c1"), text("x")]]
 

@@ -25,10 +25,16 @@ png = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
 texts = block("text", text=words)
 images = block("image", source=png)
 calls = block("tool_use", id=ids, name="f", input=st.just({"x": 1}))
-results = block("tool_result", tool_use_id=ids, content=words | st.lists(st.builds(lambda t: {"type": "text", "text": t}, words.filter(str.strip)), max_size=2))
+results = block(
+    "tool_result",
+    tool_use_id=ids,
+    content=words | st.lists(st.builds(lambda t: {"type": "text", "text": t}, words.filter(str.strip)), max_size=2),
+)
 thoughts = words.map(lambda text: {"type": "thinking", "thinking": text, "signature": signature(text)})
 hidden = st.just({"type": "redacted_thinking", "data": "d"})
-unsigned = st.sampled_from([{"type": "thinking", "thinking": "t"}, {"type": "thinking", "thinking": "t", "signature": ""}])
+unsigned = st.sampled_from(
+    [{"type": "thinking", "thinking": "t"}, {"type": "thinking", "thinking": "t", "signature": ""}]
+)
 cut_off = st.builds(lambda found: {**found, "incomplete": True}, texts | calls | unsigned)
 
 well_formed = texts | calls | results | thoughts | hidden | images | unsigned | cut_off | block("text", text=blank)
@@ -147,9 +153,7 @@ def test_a_result_that_was_recorded_is_used(pieces: list[Piece]) -> None:
             if each["type"] == "tool_result" and piece.role == "user" and each["tool_use_id"] in called:
                 recorded.setdefault(each["tool_use_id"], each["content"])
     given_back = {
-        each["tool_use_id"]: each
-        for message in done.messages
-        for each in of_kind(message["content"], "tool_result")
+        each["tool_use_id"]: each for message in done.messages for each in of_kind(message["content"], "tool_result")
     }
     for call_id, result in given_back.items():
         if call_id in recorded:
@@ -166,11 +170,17 @@ def valid_histories(draw: st.DrawFn) -> list[tuple[str, Any]]:
     number = 0
     history: list[tuple[str, Any]] = []
     for _ in range(draw(st.integers(1, 6))):
-        user = draw(words.filter(str.strip) | st.lists(texts.filter(lambda each: each["text"].strip()) | images, min_size=1, max_size=3))
+        user = draw(
+            words.filter(str.strip)
+            | st.lists(texts.filter(lambda each: each["text"].strip()) | images, min_size=1, max_size=3)
+        )
         if history and history[-1][0] == "user":
             history.pop()
         history.append(("user", user))
-        answer: list[Block] = [*draw(st.lists(thoughts | hidden, max_size=1)), {"type": "text", "text": draw(words.filter(str.strip))}]
+        answer: list[Block] = [
+            *draw(st.lists(thoughts | hidden, max_size=1)),
+            {"type": "text", "text": draw(words.filter(str.strip))},
+        ]
         asked = []
         for _ in range(draw(st.integers(0, 3))):
             number += 1
@@ -178,8 +188,12 @@ def valid_histories(draw: st.DrawFn) -> list[tuple[str, Any]]:
             answer.append({"type": "tool_use", "id": asked[-1], "name": "f", "input": {"n": number}})
         history.append(("assistant", answer))
         if asked:
-            answers: list[Block] = [{"type": "tool_result", "tool_use_id": each, "content": "r"} for each in draw(st.permutations(asked))]
-            history += [("user", [*answers, *draw(st.lists(texts.filter(lambda each: each["text"].strip()), max_size=1))])]
+            answers: list[Block] = [
+                {"type": "tool_result", "tool_use_id": each, "content": "r"} for each in draw(st.permutations(asked))
+            ]
+            history += [
+                ("user", [*answers, *draw(st.lists(texts.filter(lambda each: each["text"].strip()), max_size=1))])
+            ]
             history += [("assistant", "done")]
     return [*history, ("user", "and now?")]
 
@@ -187,7 +201,9 @@ def valid_histories(draw: st.DrawFn) -> list[tuple[str, Any]]:
 @settings(max_examples=200, deadline=None)
 @given(valid_histories())
 def test_a_valid_history_is_left_as_it_is(history: list[tuple[str, Any]]) -> None:
-    marks = sum(bool(each.get("cache_control")) for _, content in history if isinstance(content, list) for each in content)
+    marks = sum(
+        bool(each.get("cache_control")) for _, content in history if isinstance(content, list) for each in content
+    )
     done = valid([Piece(seq, role, copy.deepcopy(content)) for seq, (role, content) in enumerate(history, start=1)])
     if marks <= claude_rules.MAX_CACHE_BREAKPOINTS:
         assert done.repairs == []

@@ -2,11 +2,10 @@
 
 import asyncio
 
-import asyncpg
 import httpx
 import pytest
 
-from tests.session_service.calls import Chat, Json, User, check_counters, fine, refused, said, wait
+from tests.session_service.calls import Chat, Db, Json, User, check_counters, fine, refused, said, wait
 
 SESSION_FIELDS = {
     *("session_id", "user_id", "title", "status", "conversation_data", "metadata", "is_active", "message_count"),
@@ -106,9 +105,7 @@ async def test_return_gives_a_session_in_any_status(user: User) -> None:
 
 @pytest.mark.parametrize("expires", [False, True])
 @pytest.mark.parametrize("if_exists", ["restart", "resume"])
-async def test_an_ended_session_comes_back(
-    user: User, db: "asyncpg.Connection[asyncpg.Record]", if_exists: str, expires: bool
-) -> None:
+async def test_an_ended_session_comes_back(user: User, db: Db, if_exists: str, expires: bool) -> None:
     chat = await user.chat(title="T", metadata={"a": 1}, conversation_data={"b": 2}, idle_timeout_seconds=60)
     await chat.append("one", tokens_used=3, cost_usd=0.5)
     await chat.append("two", "assistant", tokens_used=4)

@@ -5,13 +5,11 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import asyncpg
 import httpx
 
 from tests.processes import free_port, start_session_service
-from tests.session_service.calls import Chat, Json, User, fine, new_user_id, said
+from tests.session_service.calls import Chat, Db, Json, User, fine, new_user_id, said
 
-Db = "asyncpg.Connection[asyncpg.Record]"
 NOTHING: Json = {
     "total_sessions": 0,
     "active_sessions": 0,
@@ -88,11 +86,11 @@ async def usage(user: User, **params: str) -> list[Json]:
     return items
 
 
-async def at(db: Db, chat: Chat, *moments: str) -> None:  # type: ignore[valid-type]
+async def at(db: Db, chat: Chat, *moments: str) -> None:
     """Appends messages, and says that they were made at these moments."""
     for moment in moments:
         message = await chat.append("x", tokens_used=3, cost_usd=0.5)
-        await db.execute(  # type: ignore[attr-defined]
+        await db.execute(
             "UPDATE dev.session_messages SET created_at = $3 WHERE user_id = $1 AND message_id = $2",
             chat.user.id,
             message["message_id"],
@@ -104,7 +102,7 @@ def figures(items: list[Json]) -> list[tuple[str, int, int, float, int]]:
     return [(each["start"], each["messages"], each["tokens"], each["cost"], each["active_sessions"]) for each in items]
 
 
-async def test_usage_by_day(user: User, db: Db) -> None:  # type: ignore[valid-type]
+async def test_usage_by_day(user: User, db: Db) -> None:
     one, two = await user.chat(), await user.chat()
     await at(db, one, "2025-03-01T00:00:00Z", "2025-03-01T23:59:59.999999Z", "2025-03-03T12:00:00Z")
     await at(db, two, "2025-03-01T12:00:00+14:00", "2025-03-03T12:00:00Z", "2025-03-04T00:00:00Z")
@@ -123,7 +121,7 @@ async def test_usage_by_day(user: User, db: Db) -> None:  # type: ignore[valid-t
     ]
 
 
-async def test_usage_by_hour_and_month(user: User, db: Db) -> None:  # type: ignore[valid-type]
+async def test_usage_by_hour_and_month(user: User, db: Db) -> None:
     chat = await user.chat()
     await at(db, chat, "2024-02-29T22:59:59Z", "2024-02-29T23:00:00Z", "2024-03-01T00:00:00Z")
     items = await usage(user, bucket="hour", **{"from": "2024-02-29T22:30:00Z", "to": "2024-03-01T01:00:00Z"})
@@ -138,7 +136,9 @@ async def test_usage_by_hour_and_month(user: User, db: Db) -> None:  # type: ign
         ("2024-02-01T00:00:00.000000Z", 2),
         ("2024-03-01T00:00:00.000000Z", 1),
     ]
-    offset = await usage(user, bucket="hour", **{"from": "2024-03-01T00:00:00+01:00", "to": "2024-03-01T01:00:00+01:00"})
+    offset = await usage(
+        user, bucket="hour", **{"from": "2024-03-01T00:00:00+01:00", "to": "2024-03-01T01:00:00+01:00"}
+    )
     assert [(item["start"], item["messages"]) for item in offset] == [("2024-02-29T23:00:00.000000Z", 1)]
 
 
@@ -159,7 +159,7 @@ async def test_usage_by_default_and_without_superseded_messages(user: User) -> N
         assert sum(item["cost"] for item in items) == 0.000001
 
 
-async def test_usage_of_all_users_contains_each(user: User, db: Db) -> None:  # type: ignore[valid-type]
+async def test_usage_of_all_users_contains_each(user: User, db: Db) -> None:
     other = user.other()
     await at(db, await user.chat(session_id="same"), "2023-05-05T05:05:05Z")
     await at(db, await other.chat(session_id="same"), "2023-05-05T05:05:06Z")

@@ -1,11 +1,8 @@
 """What a turn may begin with: no new messages, a rewind, a budget that is too small."""
 
-import asyncpg
 import pytest
 
-from tests.session_service.calls import Chat, User, check_counters, fine, invalid, refused, said, stored_rows
-
-Db = "asyncpg.Connection[asyncpg.Record]"
+from tests.session_service.calls import Chat, Db, User, check_counters, fine, invalid, refused, said, stored_rows
 
 
 @pytest.mark.parametrize("role", ["user", "tool_result", "tool"])

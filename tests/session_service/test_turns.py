@@ -2,12 +2,21 @@
 
 from typing import Any
 
-import asyncpg
 import pytest
 
-from tests.session_service.calls import Chat, Json, Turn, User, check_counters, fine, invalid, refused, said, stored_rows
-
-Db = "asyncpg.Connection[asyncpg.Record]"
+from tests.session_service.calls import (
+    Chat,
+    Db,
+    Json,
+    Turn,
+    User,
+    check_counters,
+    fine,
+    invalid,
+    refused,
+    said,
+    stored_rows,
+)
 
 TURN_FIELDS = {
     *("turn_id", "session_id", "user_id", "status", "lease_expires_at", "opened_at", "closed_at"),
@@ -54,7 +63,11 @@ async def test_a_turn_from_beginning_to_end(user: User, db: Db) -> None:
     assert done["session"] == await chat.get()
     assert done["turn"] == await turn.get()
     assert {name: done["turn"][name] for name in result} == result
-    assert (done["turn"]["status"], done["turn"]["output_from_seq"], done["turn"]["output_to_seq"]) == ("completed", 3, 3)
+    assert (done["turn"]["status"], done["turn"]["output_from_seq"], done["turn"]["output_to_seq"]) == (
+        "completed",
+        3,
+        3,
+    )
     assert done["turn"]["closed_at"] >= done["turn"]["opened_at"]
     assert [each["seq"] for each in done["messages"]] == [3]
     assert (done["messages"][0]["tokens_used"], done["messages"][0]["cost_usd"]) == (20, 0.012345)
@@ -233,7 +246,7 @@ async def test_a_session_ended_during_a_turn_keeps_the_answer(user: User, db: Db
 
 async def test_turns_are_listed_newest_first(user: User) -> None:
     chat = await user.chat()
-    ids = []
+    ids: list[str] = []
     for number in range(5):
         turn = await chat.open(said(f"m{number}"))
         ids.insert(0, turn.id)

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import asyncpg
 import pytest
 
-from tests.session_service.calls import Chat, User, check_counters, fine, invalid, refused, said, wait
+from tests.session_service.calls import Chat, Db, User, check_counters, fine, invalid, refused, said, wait
 
 ENDED = {"message": "Session ended successfully"}
 STATUSES = ("active", "completed", "archived", "ended")
@@ -151,9 +150,7 @@ async def test_delete_of_an_archived_session(user: User) -> None:
     assert await chat.get() == before
 
 
-async def test_delete_of_an_expired_session_keeps_the_reason(
-    user: User, db: "asyncpg.Connection[asyncpg.Record]"
-) -> None:
+async def test_delete_of_an_expired_session_keeps_the_reason(user: User, db: Db) -> None:
     chat = await user.chat(idle_timeout_seconds=10)
     await wait(db, chat, 11)
     assert fine(await chat.end()) == ENDED
@@ -163,9 +160,7 @@ async def test_delete_of_an_expired_session_keeps_the_reason(
     assert await chat.get() == after
 
 
-async def test_an_ended_session_is_kept_and_takes_nothing_more(
-    user: User, db: "asyncpg.Connection[asyncpg.Record]"
-) -> None:
+async def test_an_ended_session_is_kept_and_takes_nothing_more(user: User, db: Db) -> None:
     chat = await user.chat()
     await chat.append("kept")
     fine(await chat.end())

@@ -3,14 +3,11 @@
 import asyncio
 import time
 
-import asyncpg
 import httpx
 import pytest
 
 from tests.processes import ServiceProcess
-from tests.session_service.calls import Chat, Turn, User, check_counters, fine, refused, said
-
-Db = "asyncpg.Connection[asyncpg.Record]"
+from tests.session_service.calls import Chat, Db, Turn, User, check_counters, fine, refused, said
 
 
 async def queue(chat: Chat, count: int, seconds: float = 30) -> list["asyncio.Task[httpx.Response]"]:

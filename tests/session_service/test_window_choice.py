@@ -21,7 +21,9 @@ def histories(draw: st.DrawFn) -> list[Entry]:
         for _ in range(draw(st.integers(0, 4))):
             kinds += [("assistant", False), ("user", False)]
         kinds += [("assistant", False)] * draw(st.integers(0, 1))
-        entries += [Entry(first + len(entries) + place, role, draw(sizes), own) for place, (role, own) in enumerate(kinds)]
+        entries += [
+            Entry(first + len(entries) + place, role, draw(sizes), own) for place, (role, own) in enumerate(kinds)
+        ]
     return entries
 
 

@@ -102,7 +102,7 @@ find_consul() {
     type -P consul || { [[ -x $ROOT/.data/bin/consul ]] && printf %s "$ROOT/.data/bin/consul"; }
 }
 
-consul_answers() { [[ $(http_status "$(host_of consul)" "$CONSUL_PORT" /v1/status/leader) == 200 ]]; }
+consul_answers() { [[ $(http_status "$(host_of consul)" "$(port_of consul)" /v1/status/leader) == 200 ]]; }
 
 start_consul() { # PROGRAM
     local ports began=$SECONDS options

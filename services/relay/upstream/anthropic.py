@@ -28,6 +28,7 @@ from services.relay.upstream import (
     encode_body,
 )
 from shared import __version__
+from shared.http_client import SLICE_BYTES, in_slices
 
 DEFAULT_VERSION = "2023-06-01"
 KEEPALIVE_SECONDS = 30.0
@@ -35,7 +36,6 @@ UNSENT_SECONDS = 120.0
 
 _USER_AGENT = f"session-relay/{__version__}"
 _READ_BUFFER_BYTES = 16 * 2**10
-_BODY_SLICE_BYTES = 256 * 2**10
 
 _SPENT = httpx.Request("POST", "http://spent.invalid")
 
@@ -144,7 +144,7 @@ class AnthropicUpstream:
         }
         connect_seconds = self._timeouts.connect_seconds
         timeout = httpx.Timeout(connect=connect_seconds, pool=connect_seconds, read=read_seconds, write=None)
-        content = body if len(body) <= _BODY_SLICE_BYTES else _slices(body)
+        content = body if len(body) <= SLICE_BYTES else in_slices(body)
         try:
             return self._client.build_request("POST", url, content=content, headers=headers, timeout=timeout)
         except httpx.InvalidURL:
@@ -161,13 +161,6 @@ def _checked_base_url(base_url: str) -> str:
     if url.userinfo or url.query or url.fragment:
         raise ValueError("base_url must not hold a user, a query or a fragment")
     return str(url).rstrip("/")
-
-
-async def _slices(body: bytes) -> AsyncIterator[bytes]:
-    """A large body in pieces, so that other calls go on while it is sent."""
-    view = memoryview(body)
-    for start in range(0, len(body), _BODY_SLICE_BYTES):
-        yield bytes(view[start : start + _BODY_SLICE_BYTES])
 
 
 def _headers(response: httpx.Response) -> httpx.Headers:
