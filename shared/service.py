@@ -55,9 +55,16 @@ def read_settings(kind: type[Settings], name: str) -> Settings:
     try:
         return kind()
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, each['loc'])).upper()}: {each['msg']}".lstrip(": ") for each in error.errors()]
+        wrong = [_problem(each) for each in error.errors()]
         sys.stderr.write(f"{name} cannot start: {'; '.join(wrong)}\n")
         raise ServiceStopped(1) from None
+
+
+def _problem(error: Any) -> str:
+    """A validation error in one line: the variable, where it is one's, and what is wrong with it."""
+    name = ".".join(map(str, error["loc"])).upper()
+    problem = error["msg"].removeprefix("Value error, ")
+    return f"{name}: {problem}" if name else problem
 
 
 def listen(host: str, port: int) -> socket.socket:

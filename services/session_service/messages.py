@@ -231,11 +231,17 @@ async def append(
     except Violation as violation:
         if violation.constraint != "session_messages_message_id_key":
             raise
-    if message.message_id is not None:
-        earlier = await database.row(GET, user_id=user_id, message_id=message.message_id)
-        if earlier is not None:
-            return _same(from_row(earlier), session_id, drafted)
-    raise await _why_not(database, user_id, session_id)
+
+    async def again(conn: Conn) -> wire.Message:
+        earlier = await conn.row(GET, user_id=user_id, message_id=message.message_id)
+        if earlier is None:
+            raise _NotAppended
+        return _same(from_row(earlier), session_id, drafted)
+
+    try:
+        return await writer.write(again)
+    except _NotAppended:
+        raise await _why_not(database, user_id, session_id) from None
 
 
 class _NotAppended(Exception):

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 import structlog
-from sqlalchemy import ARRAY, and_, bindparam, func, literal_column, or_, select
+from sqlalchemy import ARRAY, and_, bindparam, func, literal_column, or_, select, tuple_
 from sqlalchemy.sql.elements import ColumnElement
 
 from services.session_service import counting, indexing, words
@@ -24,8 +24,10 @@ from shared.errors import Unavailable
 
 log = structlog.get_logger(__name__)
 
+# A round is short: it holds a transaction, and whoever wrote last waits for it to be found.
 SESSIONS_AT_ONCE: Final = 200
-MESSAGES_AT_ONCE: Final = 500
+MESSAGES_AT_ONCE: Final = 200
+ROUND_BYTES: Final = 256 * 2**10
 _LOCK: Final = 0x6E657773
 # Longer than any statement may run: what was committed late is found again.
 _OVERLAP: ColumnElement[Any] = literal_column("interval '1 minute'")
@@ -43,13 +45,20 @@ NEWS = (
         table.c.indexed_at,
         table.c.counted_to,
     )
-    .where(table.c.indexed_version < table.c.version)
+    .where(
+        table.c.indexed_version < table.c.version,
+        tuple_(table.c.user_id, table.c.session_id)
+        > tuple_(bindparam("after_user", type_=sa.Text), bindparam("after_session", type_=sa.Text)),
+    )
+    .order_by(table.c.user_id, table.c.session_id)
     .limit(SESSIONS_AT_ONCE)
 )
-MESSAGES = (
+_bytes = func.least(func.octet_length(session_messages.c.content), words.SEARCHED_BYTES)
+_some = (
     select(
         session_messages.c.seq,
         func.left(session_messages.c.content, words.SEARCHED_BYTES).label("content"),
+        (func.sum(_bytes).over(order_by=session_messages.c.seq) - _bytes).label("bytes_before"),
         session_messages.c.created_at,
         session_messages.c.tokens_used,
         session_messages.c.cost_usd,
@@ -62,7 +71,9 @@ MESSAGES = (
     )
     .order_by(session_messages.c.seq)
     .limit(MESSAGES_AT_ONCE)
+    .subquery("some")
 )
+MESSAGES = select(_some).where(_some.c.bytes_before < ROUND_BYTES).order_by(_some.c.seq)
 _since = bindparam("indexed_at", type_=sa.TIMESTAMP(timezone=True))
 MEMORIES = select(session_memories.c.memory_id, session_memories.c.content).where(
     session_memories.c.user_id == bindparam("user_id"),
@@ -146,6 +157,10 @@ class _Session:
         return self.row["user_id"], self.row["session_id"]
 
     @property
+    def has_more(self) -> bool:
+        return bool(self.seq < self.row["last_seq"])
+
+    @property
     def counted_to(self) -> datetime | None:
         last: datetime | None = self.visible[-1]["created_at"] if self.visible else self.row["counted_to"]
         return last
@@ -154,18 +169,24 @@ class _Session:
         return (*self.key, self.seq, self.version, self.row["rewinds"], self.counted_to)
 
 
-async def see_to_news(database: Database) -> bool:
-    """Sees to some of what is new; whether it left more than it took is what it gives."""
+FIRST: Final = ("", "")
 
-    async def work(conn: Conn) -> bool:
+
+async def see_to_news(database: Database, after: tuple[str, str] = FIRST) -> tuple[str, str] | None:
+    """Sees to some of what is new, of the sessions after this one; gives the last of them, None when there is no more.
+
+    Sessions take turns, so that one with a great deal of news does not keep the others waiting.
+    """
+
+    async def work(conn: Conn) -> tuple[str, str] | None:
         if not await conn.value(TRY_LOCK):
-            return False
-        found = await conn.rows(NEWS)
+            return None
+        found = await conn.rows(NEWS, after_user=after[0], after_session=after[1])
         texts: list[indexing.Text] = []
         read: list[_Session] = []
         for row in found:
             read.append(await _read(conn, row, texts))
-            if len(texts) >= MESSAGES_AT_ONCE:
+            if len(texts) >= MESSAGES_AT_ONCE or sum(len(each.text) for each in texts) >= ROUND_BYTES:
                 break  # the others are news still
         await indexing.put(conn, texts)
         if read:
@@ -177,7 +198,10 @@ async def see_to_news(database: Database) -> bool:
                 if each.key in marked:
                     usage.add(each.row["user_id"], each.row["counted_to"], each.visible)
             await usage.store(conn)
-        return len(texts) >= MESSAGES_AT_ONCE or len(found) == SESSIONS_AT_ONCE
+        all_of_it = (
+            len(read) == len(found) < SESSIONS_AT_ONCE and after == FIRST and not any(each.has_more for each in read)
+        )
+        return None if all_of_it else read[-1].key if read else FIRST
 
     return await database.transact(work)
 
@@ -193,8 +217,8 @@ async def _read(conn: Conn, row: Row, texts: list[indexing.Text]) -> _Session:
         texts += [indexing.Text(*news.key, each["seq"], "", each["content"]) for each in messages]
         news.visible = [each for each in messages if each["superseded_at"] is None]
         news.seq = messages[-1]["seq"] if messages else news.seq
-        if len(messages) == MESSAGES_AT_ONCE:
-            news.version -= 1  # there may be more of it
+        if news.has_more:
+            news.version -= 1  # and so it stays news
     memories = await conn.rows(MEMORIES, **key, indexed_at=row["indexed_at"])
     texts += [indexing.Text(*news.key, 0, memory["memory_id"], memory["content"]) for memory in memories]
     return news
@@ -202,13 +226,14 @@ async def _read(conn: Conn, row: Row, texts: list[indexing.Text]) -> _Session:
 
 async def keep_up(database: Database, *, interval_seconds: float) -> None:
     """Sees to what is new, for ever; an outage of the database, or a fault of ours, only delays it."""
+    after: tuple[str, str] | None = None
     while True:
         try:
-            is_behind = await see_to_news(database)
+            after = await see_to_news(database, after or FIRST)
         except Unavailable as error:
             log.warning("news_delayed", reason=error.code)
-            is_behind = False
+            after = None
         except Exception:  # whatever it is, search and sums must not stop for good
             log.exception("news_failed")
-            is_behind = False
-        await asyncio.sleep(0 if is_behind else interval_seconds)
+            after = None
+        await asyncio.sleep(interval_seconds if after is None else 0)

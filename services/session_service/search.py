@@ -32,9 +32,18 @@ _SCORES: Final = {"title": 10, "memory": 3, "message": 1}
 
 _loose = bindparam("loose", type_=sa.Text).cast(TSQUERY)
 _exact = bindparam("exact", type_=sa.Text).cast(TSQUERY)
-# The index answers for the words; their distances are then judged by the words' places.
+# The index answers for the words; their distances are then judged by their places, or in a long text by its letters.
+_pattern = (
+    func.unnest(bindparam("patterns", type_=ARRAY(sa.Text))).table_valued("pattern", name="patterns").render_derived()
+)
+_text = func.normalize(
+    func.left(func.coalesce(session_messages.c.content, session_memories.c.content, ""), words.SEARCHED_BYTES),
+    literal_column("NFKC"),
+)
+_lacks_one = select(_pattern.c.pattern).where(~_text.op("~*")(_pattern.c.pattern)).exists()
 _matches: ColumnElement[bool] = and_(
-    table.c.words.op("@@")(_loose), or_(table.c.is_long, table.c.words.op("@@")(_exact))
+    table.c.words.op("@@")(_loose),
+    case((table.c.is_long, ~_lacks_one), else_=table.c.words.op("@@")(_exact)),
 )
 _visible = or_(table.c.seq == 0, session_messages.c.superseded_at.is_(None))
 _there = or_(table.c.memory_id == "", session_memories.c.memory_id.is_not(None))
@@ -143,7 +152,7 @@ async def search(conn: Conn, user_id: str, asked: str, *, limit: int, cursor: st
     if query is None:
         return wire.SearchResults(results=[], next_cursor=None)
     exact, loose = query
-    terms = {"user_id": user_id, "exact": exact, "loose": loose}
+    terms = {"user_id": user_id, "exact": exact, "loose": loose, "patterns": words.long_patterns(asked)}
     rows = await conn.rows(
         SEARCH,
         **terms,

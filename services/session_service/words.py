@@ -136,6 +136,23 @@ def _phrase(own: str, text: str) -> tuple[str, str]:
     return exact, " & ".join(lexemes)
 
 
+def long_patterns(asked: str) -> list[str]:
+    """Regular expressions (PostgreSQL's) for the phrases, by which texts too long for places are judged."""
+    return [pattern for part in _parts(asked) if (pattern := _pattern(fold(part)))]
+
+
+def _pattern(text: str) -> str:
+    runs = [(run.group(), run.lastgroup == "cjk") for run in _RUNS.finditer(text)]
+    if len(runs) == 1 and (not runs[0][1] or len(runs[0][0]) <= 2):
+        return ""  # one word: the index has said enough
+    pattern = ""
+    for index, (found, is_cjk) in enumerate(runs):
+        if index:
+            pattern += "[^[:alnum:]]" + ("*" if is_cjk or runs[index - 1][1] else "+")
+        pattern += found
+    return pattern
+
+
 def find(asked: str, text: str) -> int:
     """About where in `text` a query's first match stands: of a whole part of it, else of one of its words; else 0."""
     folded, origins = _folded_with_origins(text)

@@ -35,7 +35,7 @@ async def _database(request: Request) -> Database:
 AppState = Annotated[State, Depends(_state)]
 Db = Annotated[Database, Depends(_database)]
 
-_VERSION: Final = re.compile(r'"?([0-9]{1,18})"?')
+_VERSION: Final = re.compile(r'"([0-9]{1,18})"|([0-9]{1,18})')
 
 UserId = Annotated[wire.UserId, Query(description="The user whose session it is")]
 UserIdInPath = Annotated[wire.UserId, Path()]
@@ -62,7 +62,7 @@ async def _if_match(
     found = _VERSION.fullmatch(if_match.strip())
     if found is None:
         raise ValidationFailed.at("header", "if-match", msg='A version in quotes, or "*"')
-    return IfVersion(int(found[1]))
+    return IfVersion(int(found[1] or found[2]))
 
 
 IfMatch = Annotated[IfVersion | None, Depends(_if_match)]
