@@ -6,6 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from services.session_service import stats
+from services.session_service.counting import start_of
 from services.session_service.routes.parameters import AppState, Db, UserIdInPath, errors
 from shared import wire
 from shared.door import answer
@@ -32,13 +33,19 @@ async def get_stats_of_user(user_id: UserIdInPath, db: Db) -> Response:
 async def get_usage(
     db: Db,
     bucket: Annotated[stats.Bucket, Query()] = "day",
-    since: Annotated[datetime | None, Query(alias="from", description="Included; RFC 3339")] = None,
+    since: Annotated[
+        datetime | None,
+        Query(
+            alias="from",
+            description="Included; RFC 3339; default: a day, 30 days or a year back, from the start of a bucket",
+        ),
+    ] = None,
     until: Annotated[datetime | None, Query(alias="to", description="Excluded; default: now")] = None,
     user_id: Annotated[wire.UserId | None, Query()] = None,
 ) -> Response:
     """Visible messages, tokens and cost by UTC hour, day or month; empty buckets included."""
     until = _utc("to", until or datetime.now(UTC))
-    since = _utc("from", since) if since else _before(until, _DEFAULT_SPAN[bucket])
+    since = _utc("from", since) if since else start_of(bucket, _before(until, _DEFAULT_SPAN[bucket]))
     if since >= until:
         raise ValidationFailed.at("query", "to", msg="Not later than from")
     return answer(await stats.usage(db, bucket, since, until, user_id))
