@@ -1,0 +1,144 @@
+"""Every error of the relay, and the body that tells it in Claude's words.
+
+    ServiceError (shared)
+    └── RelayError
+        ├── InvalidRequest 400          the client's request, naming the field
+        ├── UnknownKey 401
+        ├── ModelNotServed 404          no account serves the model
+        ├── HistoryConflict 409         X-Session-Conflict: reject
+        ├── TooManyRequests 429         the relay itself is full
+        ├── NoAccount 529               there is none to try
+        ├── Interrupted 529             the relay gave the turn up: it stops, or the client does not read
+        └── UpstreamFailed              attempts are used up
+            ├── UpstreamUnusable 500    the answer is over the limit
+            ├── UpstreamTimedOut 504
+            ├── UpstreamRateLimited 429
+            ├── UpstreamForbidden 529   the operator's account was refused
+            └── UpstreamOverloaded 529  5xx, no connection, a broken answer
+
+Its one invariant: no message here holds anything of a key, an account or an upstream's error body.
+"""
+
+from typing import Any
+
+from shared.errors import ContextTooSmall, ServiceError, Unavailable
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+class RelayError(ServiceError):
+    """An error that the relay itself tells its clients."""
+
+    code = "relay_error"
+
+
+class InvalidRequest(RelayError):
+    status = 400
+    code = "invalid_request"
+
+    @classmethod
+    def at(cls, field: str, problem: str) -> "InvalidRequest":
+        return cls(f"{field}: {problem}")
+
+
+class UnknownKey(RelayError):
+    status = 401
+    code = "unknown_key"
+    default_detail = "Missing, unknown or expired API key (header x-api-key, or Authorization: Bearer)"
+
+
+class ModelNotServed(RelayError):
+    status = 404
+    code = "model_not_served"
+    default_detail = "No account serves this model"
+
+
+class HistoryConflict(RelayError):
+    status = 409
+    code = "history_conflict"
+    default_detail = "The messages depart from the stored conversation (X-Session-Conflict: reject)"
+
+
+class TooManyRequests(RelayError):
+    status = 429
+    code = "too_many_requests"
+    default_detail = "The relay serves as many requests as it can; try again shortly"
+
+
+class NoAccount(RelayError):
+    status = 529
+    code = "no_account"
+    default_detail = "No upstream account is available"
+
+
+class Interrupted(RelayError):
+    status = 529
+    code = "interrupted"
+    default_detail = "The answer was interrupted by the relay"
+
+
+class UpstreamFailed(RelayError):
+    """The relay has used up its attempts, so trying again at once is of no use."""
+
+    def headers(self) -> dict[str, str]:
+        return super().headers() | {"x-should-retry": "false"}
+
+
+class UpstreamUnusable(UpstreamFailed):
+    status = 500
+    code = "upstream_unusable"
+    default_detail = "The upstream's answer is larger than the relay takes"
+
+
+class UpstreamTimedOut(UpstreamFailed):
+    status = 504
+    code = "upstream_timed_out"
+    default_detail = "The upstream took too long to answer"
+
+
+class UpstreamRateLimited(UpstreamFailed):
+    status = 429
+    code = "upstream_rate_limited"
+    default_detail = "Every upstream account is rate-limited"
+
+
+class UpstreamForbidden(UpstreamFailed):
+    status = 529
+    code = "upstream_forbidden"
+    default_detail = "Every upstream account was refused"
+
+
+class UpstreamOverloaded(UpstreamFailed):
+    status = 529
+    code = "upstream_overloaded"
+    default_detail = "The upstream failed to answer"
+
+
+def claude_status(error: ServiceError) -> int:
+    """The status by which a Claude client hears of this error."""
+    if isinstance(error, ContextTooSmall):
+        return 400
+    return 529 if isinstance(error, Unavailable) else error.status
+
+
+def claude_body(error: ServiceError, request_id: str) -> dict[str, Any]:
+    """The error as the Claude Messages API writes it."""
+    status = claude_status(error)
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": _message(error)}, "request_id": request_id}
+
+
+def _message(error: ServiceError) -> str:
+    if isinstance(error.detail, str):
+        return error.detail
+    return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.detail)

@@ -1,0 +1,61 @@
+"""The relay's settings, read from the environment once, in main."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic_settings import NoDecode
+
+from shared.settings import SharedSettings, split_csv
+
+_REQUIRED_SECRETS = ("relay_admin_token", "relay_key_pepper", "session_service_tokens")
+
+
+class RelaySettings(SharedSettings):
+    """Times are seconds unless the name says otherwise; sizes are bytes."""
+
+    relay_host: str = "127.0.0.1"
+    relay_port: int = Field(8000, ge=0, le=65535)
+
+    session_service_url: str = Field("http://127.0.0.1:8205", description="Where it is when there is no Consul")
+    session_service_tokens: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split_csv)] = ()
+    relay_store_timeout_seconds: float = Field(30, gt=0, description="Longest call of session_service")
+    relay_complete_timeout_seconds: float = Field(5, gt=0, description="After that a completion goes to the spool")
+
+    relay_upstream_url: str = Field("", description="Speaks the Claude Messages protocol; ends before /v1")
+    relay_upstream_api_key: SecretStr = SecretStr("")
+    relay_connect_timeout_seconds: float = Field(10, gt=0)
+    relay_stream_silence_seconds: float = Field(120, gt=0, description="Longest silence of a stream")
+    relay_plain_timeout_seconds: float = Field(600, gt=0, description="Longest wait for a plain answer")
+    relay_demo_delay_ms: float = Field(15, ge=0, description="Pause of the demo account before each piece")
+    relay_default_max_tokens: int = Field(4096, ge=1)
+
+    relay_admin_token: SecretStr = SecretStr("")
+    relay_key_pepper: SecretStr = SecretStr("")
+
+    relay_on_disconnect: Literal["cancel", "drain"] = "cancel"
+    relay_ping_seconds: float = Field(15, gt=0, description="Silence of a stream after which a ping is sent")
+    relay_stalled_client_seconds: float = Field(60, gt=0, description="A client that reads nothing for so long is gone")
+    relay_max_body_bytes: int = Field(32 * 2**20, ge=1024)
+    relay_max_in_flight: int = Field(1000, ge=1)
+
+    relay_session_idle_seconds: int = Field(1800, ge=1, le=31_536_000)
+    relay_expired_sessions: Literal["restart", "resume"] = "restart"
+    relay_session_wait_seconds: float = Field(60, ge=0, le=60, description="How long a request waits for its session")
+    relay_lease_seconds: int = Field(60, ge=5, le=3600, description="How long a turn of a dead relay holds its session")
+
+    @model_validator(mode="after")
+    def _secrets_outside_development(self) -> "RelaySettings":
+        missing = [name.upper() for name in _REQUIRED_SECRETS if not _is_set(getattr(self, name))]
+        if missing and not self.is_development:
+            raise ValueError(f"{', '.join(missing)}: required outside dev and test")
+        return self
+
+    @model_validator(mode="after")
+    def _upstream_is_whole(self) -> "RelaySettings":
+        if bool(self.relay_upstream_url) != _is_set(self.relay_upstream_api_key):
+            raise ValueError("RELAY_UPSTREAM_URL and RELAY_UPSTREAM_API_KEY: set both, or none")
+        return self
+
+
+def _is_set(secret: SecretStr | tuple[SecretStr, ...]) -> bool:
+    return bool(secret.get_secret_value() if isinstance(secret, SecretStr) else secret)

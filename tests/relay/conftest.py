@@ -1,0 +1,94 @@
+"""What the relay's tests share beside tests/conftest.py: the test upstream, a relay in front of it, chats."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from tests.processes import Process, ServiceProcess
+from tests.relay.calls import Chat, client_of, start_relay, upstream_settings
+from tests.upstream.client import TestUpstream
+
+
+@pytest.fixture(scope="session")
+def upstream_process() -> Iterator[TestUpstream]:
+    with TestUpstream.started() as upstream:
+        yield upstream
+
+
+@pytest.fixture
+def upstream(upstream_process: TestUpstream) -> TestUpstream:
+    """The test upstream, without a script."""
+    upstream_process.reset()
+    return upstream_process
+
+
+@pytest.fixture(scope="session")
+def data_dir(scratch: Path) -> Path:
+    """Where the shared relay keeps its state."""
+    return scratch / "relay"
+
+
+@pytest.fixture(scope="session")
+def relay(
+    database_url: str, session_service: ServiceProcess, upstream_process: TestUpstream, data_dir: Path
+) -> Iterator[Process]:
+    """The relay that the tests of this worker share, in front of the test upstream."""
+    settings = upstream_settings(upstream_process.url)
+    with start_relay(database_url, session_service.url, data_dir, settings) as process:
+        yield process
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def http(relay: Process, data_dir: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the shared relay, with its development key."""
+    async with client_of(relay, data_dir) as client:
+        yield client
+
+
+@pytest.fixture
+def chat(http: httpx.AsyncClient, sessions: httpx.AsyncClient, upstream: TestUpstream) -> Chat:
+    """A session that no other test knows."""
+    return Chat(http, sessions)
+
+
+MakeRelay = Callable[..., Process]
+
+
+@pytest.fixture
+def make_relay(
+    database_url: str, session_service: ServiceProcess, upstream: TestUpstream, data_dir: Path
+) -> Iterator[MakeRelay]:
+    """Starts relays of a test's own, with settings of its own; they share the state of the others."""
+    with ExitStack() as started:
+
+        def make(session_service_url: str = session_service.url, folder: Path = data_dir, **settings: str) -> Process:
+            settings = upstream_settings(upstream.url) | settings
+            return started.enter_context(start_relay(database_url, session_service_url, folder, settings))
+
+        yield make
+
+
+ChatAt = Callable[..., Awaitable[Chat]]
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def chat_at(sessions: httpx.AsyncClient, data_dir: Path) -> AsyncIterator[ChatAt]:
+    """Makes chats at relays of a test's own."""
+    async with AsyncExitStack() as opened:
+
+        async def make(relay: Process, folder: Path = data_dir, **fields: Any) -> Chat:
+            http = await opened.enter_async_context(client_of(relay, folder))
+            return Chat(http, sessions, **fields)
+
+        yield make
+
+
+@pytest.fixture
+def own_database(make_database: Callable[[], str]) -> str:
+    """A database for this test alone."""
+    return make_database()
