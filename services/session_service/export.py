@@ -78,11 +78,13 @@ async def _lines(conn: Conn, detail: sessions.Detail) -> AsyncIterator[bytes]:
         "first_seq": detail.first_seq,
         "window_start_seq": detail.window_start_seq,
     }
-    yield _sealed(digest, [header])
+    yield _sealed(digest, header)
     async for kind, rows in _pages(conn, detail):
         for row in rows:
-            counts[kind] += 1
-            yield _sealed(digest, [{"type": _TYPES[kind], **_fields(row)}])
+            fields = _as_it_was(_fields(row), detail.last_seq) if kind == "turns" else _fields(row)
+            if fields is not None:
+                counts[kind] += 1
+                yield _sealed(digest, {"type": _TYPES[kind], **fields})
     if counts["messages"] != detail.last_seq:
         raise SessionNotFound  # erased meanwhile: what there was of it must not look like all of it
     yield dumps({"type": "end", "counts": counts, "sha256": digest.hexdigest()}) + b"\n"
@@ -96,10 +98,20 @@ def _fields(row: Row) -> dict[str, Any]:
 _TYPES: Final = {"messages": "message", "memories": "memory", "turns": "turn"}
 
 
-def _sealed(digest: Any, lines: list[dict[str, Any]]) -> bytes:
-    text = b"".join(dumps(line) + b"\n" for line in lines)
+def _sealed(digest: Any, line: dict[str, Any]) -> bytes:
+    text = dumps(line) + b"\n"
     digest.update(text)
     return text
+
+
+def _as_it_was(turn: dict[str, Any], last_seq: int) -> dict[str, Any] | None:
+    """The turn as it stood when the session had `last_seq` messages: still open, or (None) not there yet."""
+    if (turn["input_to_seq"] or 0) > last_seq:
+        return None
+    if (turn["output_to_seq"] or 0) <= last_seq:
+        return turn
+    later = ("closed_at", "output_from_seq", "output_to_seq", "stop_reason", "model", "usage", "cost_usd", "upstream")
+    return {**turn, **dict.fromkeys(later), "error": None, "status": "open"}
 
 
 async def _pages(conn: Conn, detail: sessions.Detail) -> AsyncIterator[tuple[str, list[Row]]]:

@@ -21,6 +21,8 @@ from shared.errors import SessionExists, ValidationFailed
 _MAX_LINE_BYTES: Final = 64 * 2**20
 _IN_MEMORY_BYTES: Final = 8 * 2**20
 _CHUNK: Final = 200
+_TRIES: Final = 3
+_MESSAGE_ID: Final = "session_messages_message_id_key"
 _CHUNK_BYTES: Final = 8 * 2**20
 
 
@@ -136,11 +138,16 @@ async def store(
         await imported.settle(conn, target, header, counts, last_seq_of_turns)
         return await sessions.get(conn, target.user_id, target.session_id)
 
-    try:
-        return await writer.transact(work)
-    except Violation as violation:
-        problem = f"breaks {violation.constraint}: an id that comes twice, or a value out of its range"
-        raise Damaged.line(received.lines, problem) from None
+    for attempt in range(1, _TRIES + 1):
+        try:
+            return await writer.transact(work)
+        except Violation as violation:
+            # An id that someone else took meanwhile is seen as taken the next time; one that the file has twice is not.
+            if violation.constraint == _MESSAGE_ID and attempt < _TRIES:
+                continue
+            problem = f"breaks {violation.constraint}: an id that comes twice, or a value out of its range"
+            raise Damaged.line(received.lines, problem) from None
+    raise AssertionError("unreachable")
 
 
 async def _chunks(
