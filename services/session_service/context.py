@@ -44,7 +44,7 @@ ENTRIES = (
         table.c.seq < bindparam("below_seq", type_=sa.Integer),
     )
     .order_by(table.c.seq.desc())
-    .limit(_CHUNK)
+    .limit(bindparam("limit", type_=sa.Integer))
 )
 _CONTENT_COLUMNS = (
     table.c.seq,
@@ -162,8 +162,10 @@ async def _entries(conn: Conn, locked: Detail, budget: Budget) -> tuple[list[Ent
     newest_first: list[Entry] = []
     used = 0
     below_seq = locked.last_seq + 1
+    limit = min(_CHUNK, (budget.max_messages or _CHUNK) + 1)
     while True:
-        rows = await conn.rows(ENTRIES, **locked.key, from_seq=locked.window_start_seq, below_seq=below_seq)
+        bounds = {"from_seq": locked.window_start_seq, "below_seq": below_seq, "limit": limit}
+        rows = await conn.rows(ENTRIES, **locked.key, **bounds)
         for row in rows:
             entry = Entry(row["seq"], speaker(row["role"]), row["context_tokens"], row["begins_window"])
             newest_first.append(entry)
@@ -171,9 +173,9 @@ async def _entries(conn: Conn, locked: Detail, budget: Budget) -> tuple[list[Ent
             is_over = used > budget.max_tokens or len(newest_first) > (budget.max_messages or len(newest_first))
             if is_over and any(each.begins_window for each in newest_first):
                 return newest_first[::-1], False
-        if len(rows) < _CHUNK:
+        if len(rows) < limit:
             return newest_first[::-1], True
-        below_seq = rows[-1]["seq"]
+        below_seq, limit = rows[-1]["seq"], _CHUNK
 
 
 def _piece(row: Row) -> Piece:
