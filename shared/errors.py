@@ -243,9 +243,9 @@ def _leaves(cls: type[ServiceError]) -> Iterator[type[ServiceError]]:
 
 
 def by_code() -> dict[str, type[ServiceError]]:
-    """Every class of the tree by its code."""
+    """Every class of the tree by its code; a service's own errors, which no other service knows, are not among them."""
     classes: list[type[ServiceError]] = [*_leaves(ServiceError), Internal]
-    return {cls.code: cls for cls in classes}
+    return {cls.code: cls for cls in classes if cls.__module__ == __name__}
 
 
 _SECONDS = re.compile(r"[0-9]{1,9}")

@@ -22,6 +22,7 @@ from services.relay.turns import Turns
 from services.relay.upstream.anthropic import create_client
 from shared import __version__
 from shared.database import Database
+from shared.description import describe
 from shared.discovery import Consul, Instances, Watch
 from shared.door import BodyRules, Door
 from shared.errors import Internal, MethodNotAllowed, NotFound, ServiceError, Unavailable
@@ -90,6 +91,7 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
     app.state.relay = state
     for routes in (claude, sessions, health):
         app.include_router(routes.router)
+    describe(app)
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -20,6 +20,7 @@ from services.session_service.state import State
 from services.session_service.stats import Cached
 from shared import __version__
 from shared.database import Database, Violation
+from shared.description import describe
 from shared.door import BodyRules, Door, client_gone, error_answer
 from shared.errors import (
     Internal,
@@ -52,6 +53,7 @@ def create_app(settings: SessionServiceSettings, database: Database, lifecycle: 
     for routes in (stats, search, transfer, sessions, messages, turns, memories):
         app.include_router(routes.router)
     app.include_router(health.router)
+    describe(app)
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(Violation, _on_violation)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -14,8 +14,8 @@ import pytest
 import pytest_asyncio
 
 from tests.processes import free_port, start_session_service
-from tests.session_service.calls import Turn, User, fine, new_user_id, refused, said
-from tests.session_service.creations import GROWS, KINDS, Db, Request, a_chat, answered, grown, owner, rows
+from tests.session_service.calls import Db, Turn, User, fine, new_user_id, refused, said
+from tests.session_service.creations import GROWS, KINDS, Request, a_chat, answered, grown, owner, rows
 
 WAIT_SECONDS = 5.0
 
@@ -40,8 +40,9 @@ def urls(make_database: Callable[[], str], scratch: Path) -> Iterator[list[str]]
     database = make_database()
     with ExitStack() as stack:
         first = stack.enter_context(start_session_service(database, scratch, free_port(), wait=False))
-        settings = {"SWEEP_INTERVAL_SECONDS": "0.1"}
-        second = stack.enter_context(start_session_service(database, scratch, free_port(), **settings))
+        second = stack.enter_context(
+            start_session_service(database, scratch, free_port(), SWEEP_INTERVAL_SECONDS="0.1")
+        )
         first.wait_until("/health/ready")
         yield [database, first.url, second.url]
 
