@@ -8,7 +8,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from shared.json import dumps
@@ -90,9 +90,21 @@ def _no_nul(value: str) -> str:
 
 
 QueryText = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_no_nul)]
-UserId = Annotated[str, AfterValidator(_id)]
-SessionId = Annotated[str, AfterValidator(_session_id)]
-MessageId = Annotated[str, AfterValidator(_message_id)]
+_DESCRIBED_ID = WithJsonSchema(
+    {
+        "type": "string",
+        "minLength": 1,
+        "maxLength": 255,
+        "pattern": r"^[^\s/\x00-\x1f\x7f-\x9f]([^/\x00-\x1f\x7f-\x9f]*[^\s/\x00-\x1f\x7f-\x9f])?$",
+    }
+)
+UserId = Annotated[str, AfterValidator(_id), _DESCRIBED_ID]
+SessionId = Annotated[str, AfterValidator(_session_id), _DESCRIBED_ID]
+MessageId = Annotated[
+    str,
+    AfterValidator(_message_id),
+    WithJsonSchema({"type": "string", "minLength": 1, "maxLength": 255, "pattern": r"^[^\x00-\x1f\x7f-\x9f]+$"}),
+]
 
 
 def _at_most_utf8(name: str, what: str) -> AfterValidator:
