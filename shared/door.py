@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uuid_utils import uuid7
 
-from shared.errors import BodyTooLarge, Internal, RequestTimeout, ServiceError, ValidationFailed
+from shared.errors import BodyTooLarge, BrokenOff, Internal, RequestTimeout, ServiceError, ValidationFailed
 from shared.json import dumps
 
 log = structlog.get_logger(__name__)
@@ -92,6 +92,8 @@ class Door:
         except ServiceError as error:
             if not reply.started:
                 await self._render(error, scope)(scope, receive, reply.send)
+        except BrokenOff as broken:
+            log.warning("answer_broken_off", reason=str(broken))
         except Exception:
             log.exception("unhandled_error", method=scope["method"], path=scope["path"])
             if not reply.started:

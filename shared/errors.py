@@ -66,6 +66,10 @@ class ServiceError(Exception):
         return {"retry-after": str(max(1, round(self.retry_after_seconds)))}
 
 
+class BrokenOff(Exception):
+    """An answer that has begun cannot be finished; its connection is cut, so that no one takes it for whole."""
+
+
 class ValidationFailed(ServiceError):
     """Input that breaks a rule; `detail` is a list of `{type, loc, msg}` and never repeats the input."""
 

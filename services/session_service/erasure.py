@@ -6,8 +6,9 @@ Its one invariant: what was counted as deleted is gone; called again after an in
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy import bindparam, delete, select, tuple_
+from sqlalchemy import bindparam, delete, func, literal_column, select
 from sqlalchemy.sql.dml import ReturningDelete
+from sqlalchemy.sql.elements import ColumnElement
 
 from services.session_service import counting, sessions
 from services.session_service.schema import (
@@ -25,27 +26,26 @@ _users: sa.BindParameter[str] = bindparam("user_id")
 SESSION_IDS = select(table.c.session_id).where(table.c.user_id == _users).order_by(table.c.session_id).limit(_BATCH)
 
 
-def _some_of(rows: sa.Table, key: str) -> ReturningDelete[Any]:
-    mine = (rows.c.user_id == _users, rows.c.session_id == bindparam("session_id"))
-    some = select(rows.c[key]).where(*mine).limit(_BATCH)
-    return delete(rows).where(*mine, rows.c[key].in_(some)).returning(rows.c[key])
+_place: ColumnElement[Any] = literal_column("ctid")
+
+
+def _some_of(rows: sa.Table, told: str, *mine: ColumnElement[bool]) -> ReturningDelete[Any]:
+    """Deletes a batch by the rows' physical places: whatever the planner expects, it need not compare them."""
+    places = select(_place).select_from(rows).where(*mine).limit(_BATCH).scalar_subquery()
+    return delete(rows).where(_place == func.any(func.array(places))).returning(rows.c[told])
+
+
+def _of_session(rows: sa.Table, told: str) -> ReturningDelete[Any]:
+    return _some_of(rows, told, rows.c.user_id == _users, rows.c.session_id == bindparam("session_id"))
 
 
 PARTS: dict[str, ReturningDelete[Any]] = {
-    "messages": _some_of(session_messages, "seq"),
-    "memories": _some_of(session_memories, "memory_id"),
-    "turns": _some_of(session_turns, "turn_id"),
+    "messages": _of_session(session_messages, "seq"),
+    "memories": _of_session(session_memories, "memory_id"),
+    "turns": _of_session(session_turns, "turn_id"),
 }
 SESSION = delete(table).where(sessions.mine).returning(table.c.session_id)
-_record = (idempotency_records.c.scope, idempotency_records.c.idempotency_key)
-RECORDS = (
-    delete(idempotency_records)
-    .where(
-        idempotency_records.c.user_id == _users,
-        tuple_(*_record).in_(select(*_record).where(idempotency_records.c.user_id == _users).limit(_BATCH)),
-    )
-    .returning(idempotency_records.c.scope)
-)
+RECORDS = _some_of(idempotency_records, "scope", idempotency_records.c.user_id == _users)
 
 
 async def erase(database: Database, user_id: str) -> dict[str, int]:

@@ -13,7 +13,7 @@ from sqlalchemy import bindparam, func, select
 from services.session_service import memories, messages, sessions, turns
 from services.session_service.schema import session_memories, session_messages, session_turns
 from shared.database import Conn, Row
-from shared.errors import SessionNotFound
+from shared.errors import BrokenOff
 from shared.json import dumps
 
 FORMAT: Final = "session-export"
@@ -86,7 +86,8 @@ async def _lines(conn: Conn, detail: sessions.Detail) -> AsyncIterator[bytes]:
                 counts[kind] += 1
                 yield _sealed(digest, {"type": _TYPES[kind], **fields})
     if counts["messages"] != detail.last_seq:
-        raise SessionNotFound  # erased meanwhile: what there was of it must not look like all of it
+        # What there was of it must not look like all of it.
+        raise BrokenOff("the session was erased while it was exported")
     yield dumps({"type": "end", "counts": counts, "sha256": digest.hexdigest()}) + b"\n"
 
 

@@ -179,6 +179,8 @@ async def renew(database: Database, user_id: str, session_id: str, turn_id: str,
         if row["status"] != "open":
             raise TurnClosed
         lease_expires_at = await conn.value(RENEW, **locked.key, turn_id=turn_id)
+        if lease_expires_at is None:
+            raise TurnNotFound  # its user is being erased
         await conn.rows(TOUCH, **locked.key, lease_expires_at=lease_expires_at)
         return wire.TurnRenewed.model_construct(turn_id=turn_id, lease_expires_at=lease_expires_at)
 
@@ -253,7 +255,8 @@ async def complete(
             **{name: getattr(answer, name) for name in fields},
         )
         session = sessions.from_row(await conn.row(RELEASE, **locked.key))
-        assert closed is not None  # noqa: S101 - the row was just read under the session's lock
+        if closed is None:
+            raise TurnNotFound  # its user is being erased
         return wire.TurnCompleted.model_construct(turn=from_row(closed), messages=stored, session=session)
 
     return await database.transact(work)
