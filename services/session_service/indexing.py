@@ -63,4 +63,10 @@ async def put(conn: Conn, texts: Sequence[Text]) -> None:
 
 
 def _rows(texts: Sequence[Text]) -> list[tuple[Any, ...]]:
-    return [(*each[:-1], *words.vector(each.user_id, each.text)) for each in texts]
+    rows = []
+    for each in texts:
+        vector, is_long = words.vector(each.user_id, each.text)
+        # A title's few words all have places; only their repeats may have lost theirs.
+        is_title = each.seq == 0 and not each.memory_id
+        rows.append((*each[:-1], vector, is_long and not is_title))
+    return rows

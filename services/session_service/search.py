@@ -36,10 +36,9 @@ _exact = bindparam("exact", type_=sa.Text).cast(TSQUERY)
 _pattern = (
     func.unnest(bindparam("patterns", type_=ARRAY(sa.Text))).table_valued("pattern", name="patterns").render_derived()
 )
-_text = func.normalize(
-    func.left(func.coalesce(session_messages.c.content, session_memories.c.content, ""), words.SEARCHED_BYTES),
-    literal_column("NFKC"),
-)
+_content = func.coalesce(session_messages.c.content, session_memories.c.content, "")
+_shown = func.regexp_replace(func.left(_content, words.SEARCHED_BYTES), words.IGNORED, "", "g")
+_text = func.normalize(_shown, literal_column("NFKC"))
 _lacks_one = select(_pattern.c.pattern).where(~_text.op("~*")(_pattern.c.pattern)).exists()
 _matches: ColumnElement[bool] = and_(
     table.c.words.op("@@")(_loose),

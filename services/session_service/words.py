@@ -42,7 +42,10 @@ _RUNS: Final = re.compile(rf"(?P<cjk>[{_CJK}]+)|(?P<word>(?:(?![{_CJK}])[^\W_]|[
 
 
 # Characters that show nothing by themselves (variation selectors, joiners, soft hyphens): words go on across them.
-_IGNORED: Final = re.compile("[\u00ad\u200b-\u200d\u2060\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]")
+IGNORED: Final = "[\u00ad\u200b-\u200d\u2060\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]"
+_IGNORED: Final = re.compile(IGNORED)
+# What PostgreSQL 15 does not fold: its lower case keeps these as they are.
+_UNFOLDED: Final = {"ss": "(ss|ß)", "σ": "[σς]", "i\u0307": "(i\u0307|İ)"}
 
 
 def fold(text: str) -> str:
@@ -150,6 +153,8 @@ def _pattern(text: str) -> str:
         if index:
             pattern += "[^[:alnum:]]" + ("*" if is_cjk or runs[index - 1][1] else "+")
         pattern += found
+    for folded, either in _UNFOLDED.items():
+        pattern = pattern.replace(folded, either)
     return pattern
 
 
