@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from services.relay import development, keys
 from services.relay.settings import RelaySettings
-from shared import wire
+from shared import values
 from shared.database import Database, from_settings
 from shared.errors import DatabaseUnavailable
 from shared.service import read_settings
@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     name = arguments.name or arguments.user[:100]
     try:
-        TypeAdapter(wire.UserId).validate_python(arguments.user)
+        TypeAdapter(values.UserId).validate_python(arguments.user)
     except ValidationError as error:
         parser.error(f"--user: {error.errors()[0]['msg']}")
     if len(name) > 100:

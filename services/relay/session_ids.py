@@ -16,7 +16,7 @@ from uuid_utils import uuid7
 
 from services.relay.errors import InvalidRequest
 from services.relay.request import ClaudeRequest
-from shared import wire
+from shared import values
 
 HEADER: Final = "x-session-id"
 NO_SESSION: Final = "none"
@@ -25,7 +25,7 @@ _AGENT_HEADER: Final = "x-claude-code-agent-id"
 _TRAILING_SESSION: Final = re.compile(
     r"(?:^|_)session_([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})$", re.IGNORECASE
 )
-_RULES: Final[TypeAdapter[str]] = TypeAdapter(wire.SessionId)
+_RULES: Final[TypeAdapter[str]] = TypeAdapter(values.SessionId)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from services.session_service.messages import ARRAYS, JSON_ARRAYS
 from services.session_service.schema import session_memories, session_messages, session_turns
 from services.session_service.schema import sessions as table
 from services.session_service.sessions import SECOND
-from shared import wire
+from shared import values, wire
 from shared.database import Conn
 from shared.errors import ValidationFailed
 
@@ -48,17 +48,17 @@ MadeId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,255}$")]
 
 
 class Parent(wire.Input):
-    session_id: wire.SessionId
-    seq: wire.Seq
+    session_id: values.SessionId
+    seq: values.Seq
 
 
 class Session(wire.Input):
-    session_id: wire.SessionId
-    title: wire.Title | None = None
+    session_id: values.SessionId
+    title: values.Title | None = None
     status: wire.Status
-    metadata: wire.JsonObject
-    conversation_data: wire.JsonObject
-    session_summary: wire.Summary
+    metadata: values.JsonObject
+    conversation_data: values.JsonObject
+    session_summary: values.Summary
     created_at: Moment
     updated_at: Moment
     last_activity: Moment
@@ -79,7 +79,7 @@ class Header(wire.Input):
     format: str
     format_version: int
     session: Session
-    summary_to_seq: wire.Seq | None = None
+    summary_to_seq: values.Seq | None = None
     first_seq: Annotated[int, Field(ge=1, le=2**31 - 1)]
     window_start_seq: Annotated[int, Field(ge=1, le=2**31 - 1)]
 
@@ -87,14 +87,14 @@ class Header(wire.Input):
 class Message(wire.NewMessage):
     """A message as exported: with its blocks, or with its text."""
 
-    message_id: wire.MessageId
+    message_id: values.MessageId
     seq: Annotated[int, Field(ge=1, le=2**31 - 1)]
-    content: Annotated[str, BeforeValidator(wire.check_content)] | None = None  # type: ignore[assignment]
-    content_blocks: wire.Blocks | None = None
+    content: Annotated[str, BeforeValidator(values.check_content)] | None = None  # type: ignore[assignment]
+    content_blocks: values.Blocks | None = None
     turn_id: MadeId | None = None
     created_at: Moment
     superseded_at: Moment | None = None
-    context_tokens: wire.Tokens
+    context_tokens: values.Tokens
     context_tokens_reported: bool
 
     @model_validator(mode="after")
@@ -123,16 +123,16 @@ class Turn(wire.Input):
     lease_expires_at: Moment
     opened_at: Moment
     closed_at: Moment | None = None
-    input_from_seq: wire.Seq | None = None
-    input_to_seq: wire.Seq | None = None
-    output_from_seq: wire.Seq | None = None
-    output_to_seq: wire.Seq | None = None
+    input_from_seq: values.Seq | None = None
+    input_to_seq: values.Seq | None = None
+    output_from_seq: values.Seq | None = None
+    output_to_seq: values.Seq | None = None
     stop_reason: str | None = None
     model: str | None = None
-    usage: wire.JsonObject | None = None
-    cost_usd: wire.CostUsd | None = None
-    upstream: wire.JsonObject | None = None
-    error: wire.JsonObject | None = None
+    usage: values.JsonObject | None = None
+    cost_usd: values.CostUsd | None = None
+    upstream: values.JsonObject | None = None
+    error: values.JsonObject | None = None
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:

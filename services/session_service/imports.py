@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from services.session_service import imported, sessions
 from services.session_service.export import FORMAT, FORMAT_VERSION
-from shared import json, wire
+from shared import json, values, wire
 from shared.database import Conn, Violation, Writer
 from shared.errors import SessionExists, ValidationFailed
 
@@ -113,7 +113,7 @@ def _value(number: int, line: bytes) -> dict[str, Any]:
 
 
 async def store(
-    writer: Writer, user_id: str, session_id: str | None, received: Received, limits: wire.Limits
+    writer: Writer, user_id: str, session_id: str | None, received: Received, limits: values.Limits
 ) -> wire.Session:
     """The session, stored as it was exported. Raises SessionExists, or ValidationFailed for what breaks a rule."""
 
@@ -151,7 +151,7 @@ async def store(
 
 
 async def _chunks(
-    entries: Iterator[tuple[int, dict[str, Any], int]], limits: wire.Limits
+    entries: Iterator[tuple[int, dict[str, Any], int]], limits: values.Limits
 ) -> AsyncIterator[tuple[str, list[Any]]]:
     """The models of the lines, those of one kind together, some at a time."""
     kind, size = "", 0
@@ -176,7 +176,7 @@ _KINDS: Final[dict[str, tuple[str, type[BaseModel]]]] = {
 }
 
 
-def _checked(model: type[imported.Model], number: int, value: dict[str, Any], limits: wire.Limits) -> imported.Model:
+def _checked(model: type[imported.Model], number: int, value: dict[str, Any], limits: values.Limits) -> imported.Model:
     try:
         return model.model_validate(value, context=limits)
     except ValidationError as error:

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from shared.settings import SharedSettings, split_csv
-from shared.wire import Limits
+from shared.values import Limits
 
 
 class SessionServiceSettings(SharedSettings):

@@ -16,7 +16,7 @@ from services.relay.history import Array, Opened
 from services.relay.lines import Lines
 from services.relay.pipe import Pipe
 from services.relay.session_ids import Choice
-from shared import wire
+from shared import values, wire
 from shared.errors import TurnInProgress
 from shared.session_client import SessionKey
 
@@ -119,7 +119,7 @@ async def test_a_line_is_left_when_the_time_is_up() -> None:
 _ids = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=255)
 
 
-@given(session_id=_ids.filter(lambda text: text == text.strip() and text not in wire.RESERVED_SESSION_IDS))
+@given(session_id=_ids.filter(lambda text: text == text.strip() and text not in values.RESERVED_SESSION_IDS))
 def test_a_session_id_survives_its_header(session_id: str) -> None:
     header = session_ids.encoded(session_id)
     assert header.isascii()

@@ -6,7 +6,7 @@ from fastapi import Depends, Path, Request
 
 from services.relay import keys
 from services.relay.state import State
-from shared import wire
+from shared import values
 
 
 async def _state(request: Request) -> State:
@@ -23,4 +23,4 @@ async def _caller_key(request: Request, state: AppState) -> keys.Key:
 
 
 CallerKey = Annotated[keys.Key, Depends(_caller_key)]
-SessionId = Annotated[wire.SessionId, Path()]
+SessionId = Annotated[values.SessionId, Path()]

@@ -12,14 +12,14 @@ from pydantic import TypeAdapter, ValidationError
 from services.session_service import idempotency
 from services.session_service.routes.parameters import IDEMPOTENCY_ERRORS, body_errors
 from services.session_service.state import State
-from shared import wire
+from shared import values
 from shared.database import Writer
 from shared.errors import ServiceError, ValidationFailed
 from shared.json import loads
 from shared.strict_route import StrictRoute
 
-_USER_ID: Final[TypeAdapter[str]] = TypeAdapter(wire.UserId)
-_SESSION_ID: Final[TypeAdapter[str]] = TypeAdapter(wire.SessionId)
+_USER_ID: Final[TypeAdapter[str]] = TypeAdapter(values.UserId)
+_SESSION_ID: Final[TypeAdapter[str]] = TypeAdapter(values.SessionId)
 _VISIBLE_ASCII: Final = re.compile(r"[\x21-\x7e]{1,255}")
 
 

@@ -16,14 +16,14 @@ from services.session_service.routes.parameters import (
     body_errors,
     errors,
 )
-from shared import wire
+from shared import values, wire
 from shared.door import answer
 from shared.errors import MemoryNotFound, SessionArchived, SessionNotFound
 
 router = APIRouter(route_class=CreatingRoute, tags=["memories"], prefix="/api/v1")
 
 Type = Annotated[wire.MemoryType | None, Query()]
-Text = Annotated[wire.QueryText | None, Query(description="Contained in the content, in any case")]
+Text = Annotated[values.QueryText | None, Query(description="Contained in the content, in any case")]
 Limit = Annotated[int, Query(ge=1, le=200)]
 
 

@@ -7,7 +7,7 @@ from fastapi import Depends, Header, Path, Query, Request, Response
 
 from services.session_service.sessions import IfVersion
 from services.session_service.state import State
-from shared import wire
+from shared import values, wire
 from shared.database import Database
 from shared.door import answer
 from shared.errors import (
@@ -37,11 +37,11 @@ Db = Annotated[Database, Depends(_database)]
 
 _VERSION: Final = re.compile(r'"([0-9]{1,18})"|([0-9]{1,18})')
 
-UserId = Annotated[wire.UserId, Query(description="The user whose session it is")]
-UserIdInPath = Annotated[wire.UserId, Path()]
-SessionId = Annotated[wire.SessionId, Path()]
-MessageId = Annotated[wire.MessageId, Path()]
-OtherId = Annotated[wire.MessageId, Path()]
+UserId = Annotated[values.UserId, Query(description="The user whose session it is")]
+UserIdInPath = Annotated[values.UserId, Path()]
+SessionId = Annotated[values.SessionId, Path()]
+MessageId = Annotated[values.MessageId, Path()]
+OtherId = Annotated[values.MessageId, Path()]
 
 Page = Annotated[int, Query(ge=1, le=10**9)]
 PageSize = Annotated[int, Query(ge=1, le=100)]

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Query, Response
 
 from services.session_service import search
 from services.session_service.routes.parameters import Cursor, Db, UserId, errors
-from shared import wire
+from shared import values, wire
 from shared.door import answer
 from shared.errors import ValidationFailed
 from shared.strict_route import StrictRoute
@@ -17,7 +17,7 @@ router = APIRouter(route_class=StrictRoute, tags=["search"], prefix="/api/v1")
 @router.get("/sessions/search", response_model=wire.SearchResults, responses=errors())
 async def search_sessions(
     user_id: UserId,
-    q: Annotated[wire.QueryText, Query(description='Words; "quoted" ones as a phrase')],
+    q: Annotated[values.QueryText, Query(description='Words; "quoted" ones as a phrase')],
     db: Db,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     cursor: Cursor = None,

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Response
 from services.session_service import stats
 from services.session_service.counting import start_of
 from services.session_service.routes.parameters import AppState, Db, UserIdInPath, errors
-from shared import wire
+from shared import values, wire
 from shared.door import answer
 from shared.errors import ValidationFailed
 from shared.strict_route import StrictRoute
@@ -41,7 +41,7 @@ async def get_usage(
         ),
     ] = None,
     until: Annotated[datetime | None, Query(alias="to", description="Excluded; default: now")] = None,
-    user_id: Annotated[wire.UserId | None, Query()] = None,
+    user_id: Annotated[values.UserId | None, Query()] = None,
 ) -> Response:
     """Visible messages, tokens and cost by UTC hour, day or month; empty buckets included."""
     until = _utc("to", until or datetime.now(UTC))

@@ -8,7 +8,7 @@ from starlette.responses import StreamingResponse
 from services.session_service import export, idempotency, imports
 from services.session_service.routes.creating import creating_errors, given_key, replayed_answer
 from services.session_service.routes.parameters import AppState, Db, SessionId, UserId, errors, session_answer
-from shared import wire
+from shared import values, wire
 from shared.database import Writer
 from shared.errors import SessionExists, SessionNotFound
 from shared.strict_route import StrictRoute
@@ -41,7 +41,7 @@ async def import_session(
     user_id: UserId,
     db: Db,
     state: AppState,
-    session_id: Annotated[wire.SessionId | None, Query(description="Default: the id that it had")] = None,
+    session_id: Annotated[values.SessionId | None, Query(description="Default: the id that it had")] = None,
 ) -> Response:
     """Takes an export back; a file that is cut short or damaged anywhere is refused whole."""
     received = await imports.receive(request.stream())
