@@ -8,214 +8,13 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-import sqlalchemy as sa
-from sqlalchemy import and_, bindparam, exists, func, literal_column, or_, select, tuple_
-from sqlalchemy.dialects.postgresql import array
-
-from services.session_service.schema import OPEN, session_messages, session_totals, session_turns, usage_buckets
-from services.session_service.schema import sessions as table
+from services.session_service import checks
 from services.session_service.settings import SessionServiceSettings
 from shared.database import Database, Row, from_settings
 from shared.errors import DatabaseUnavailable
 from shared.service import read_settings
-
-_PAGE: Final = 1_000
-
-_key = (table.c.user_id, table.c.session_id)
-_page = (
-    select(*_key)
-    .where(tuple_(*_key) > tuple_(bindparam("after_user", type_=sa.Text), bindparam("after_session", type_=sa.Text)))
-    .order_by(*_key)
-    .limit(_PAGE)
-    .subquery("page")
-)
-_superseded = session_messages.c.superseded_at.is_not(None)
-
-
-def _sum(column: Any, *conditions: Any) -> Any:
-    return func.coalesce(func.sum(column).filter(*conditions) if conditions else func.sum(column), 0)
-
-
-_rows = (
-    select(
-        _page.c.user_id,
-        _page.c.session_id,
-        func.count(session_messages.c.seq).label("rows"),
-        func.count(session_messages.c.seq).filter(~_superseded).label("message_count"),
-        func.coalesce(func.min(session_messages.c.seq), 1).label("first"),
-        func.coalesce(func.max(session_messages.c.seq), 0).label("last_seq"),
-        _sum(session_messages.c.tokens_used).label("total_tokens"),
-        _sum(session_messages.c.cost_usd).label("total_cost"),
-        _sum(session_messages.c.tokens_used, _superseded).label("superseded_tokens"),
-        _sum(session_messages.c.cost_usd, _superseded).label("superseded_cost"),
-    )
-    .select_from(
-        _page.outerjoin(
-            session_messages,
-            and_(session_messages.c.user_id == _page.c.user_id, session_messages.c.session_id == _page.c.session_id),
-        )
-    )
-    .group_by(_page.c.user_id, _page.c.session_id)
-    .subquery("counted")
-)
-COUNTERS = ("message_count", "last_seq", "total_tokens", "total_cost", "superseded_tokens", "superseded_cost")
-_open = (
-    select(session_turns.c.turn_id)
-    .where(
-        session_turns.c.user_id == table.c.user_id,
-        session_turns.c.session_id == table.c.session_id,
-        session_turns.c.status == OPEN,
-    )
-    .limit(1)
-    .scalar_subquery()
-)
-CHECK = (
-    select(
-        *_key,
-        *(table.c[name].label(name) for name in COUNTERS),
-        *(_rows.c[name].label(f"counted_{name}") for name in COUNTERS),
-        _rows.c.rows,
-        _rows.c.first,
-        table.c.lease_expires_at,
-        table.c.latest_turn_id,
-        _open.label("open_turn_id"),
-    )
-    .select_from(_rows.join(table, and_(table.c.user_id == _rows.c.user_id, table.c.session_id == _rows.c.session_id)))
-    .order_by(*_key)
-)
-_turn_of_message = exists().where(
-    session_turns.c.user_id == session_messages.c.user_id,
-    session_turns.c.session_id == session_messages.c.session_id,
-    session_turns.c.turn_id == session_messages.c.turn_id,
-)
-_end_of_turn = or_(
-    session_messages.c.seq == session_turns.c.input_to_seq, session_messages.c.seq == session_turns.c.output_to_seq
-)
-_message_of_turn = exists().where(
-    session_messages.c.user_id == session_turns.c.user_id,
-    session_messages.c.session_id == session_turns.c.session_id,
-    _end_of_turn,
-)
-ORPHAN_MESSAGES = (
-    select(session_messages.c.user_id, session_messages.c.session_id, session_messages.c.seq)
-    .where(session_messages.c.turn_id.is_not(None), ~_turn_of_message)
-    .limit(_PAGE)
-)
-ORPHAN_TURNS = (
-    select(session_turns.c.user_id, session_turns.c.session_id, session_turns.c.turn_id)
-    .where(
-        or_(session_turns.c.input_to_seq.is_not(None), session_turns.c.output_to_seq.is_not(None)), ~_message_of_turn
-    )
-    .limit(_PAGE)
-)
-
-# ── sums made beside the request path ───────────────────────────────────────────────────────────
-
-_scopes = (
-    func.unnest(array([table.c.user_id, literal_column("''")])).table_valued("scope", name="scopes").render_derived()
-)
-_counted = (
-    select(
-        _scopes.c.scope,
-        func.count().label("sessions"),
-        func.count().filter(table.c.counted_active).label("active"),
-        func.sum(table.c.counted_messages).label("messages"),
-        func.sum(table.c.counted_tokens).label("tokens"),
-        func.sum(table.c.counted_cost).label("cost"),
-    )
-    .select_from(table.join(_scopes, sa.true()))
-    .where(table.c.counted)
-    .group_by(_scopes.c.scope)
-    .subquery("counted")
-)
-_TOTALS = ("sessions", "active", "messages", "tokens", "cost")
-TOTALS = (
-    select(func.coalesce(session_totals.c.user_id, _counted.c.scope).label("user_id"))
-    .select_from(session_totals.outerjoin(_counted, _counted.c.scope == session_totals.c.user_id, full=True))
-    .where(
-        or_(
-            *(
-                func.coalesce(session_totals.c[name], 0) != func.coalesce(_counted.c[name], literal_column("0"))
-                for name in _TOTALS
-            )
-        )
-    )
-    .limit(_PAGE)
-)
-_day = func.date_trunc(literal_column("'day'"), session_messages.c.created_at, literal_column("'UTC'"))
-_message_scopes = (
-    func.unnest(array([session_messages.c.user_id, literal_column("''")]))
-    .table_valued("scope", name="scopes")
-    .render_derived()
-)
-_days = (
-    select(
-        _message_scopes.c.scope,
-        _day.label("start"),
-        func.count().label("messages"),
-        func.sum(session_messages.c.tokens_used).label("tokens"),
-        func.sum(session_messages.c.cost_usd).label("cost"),
-        func.count(sa.distinct(tuple_(session_messages.c.user_id, session_messages.c.session_id))).label(
-            "active_sessions"
-        ),
-    )
-    .select_from(
-        session_messages.join(
-            table,
-            and_(
-                table.c.user_id == session_messages.c.user_id,
-                table.c.session_id == session_messages.c.session_id,
-                session_messages.c.seq <= table.c.indexed_seq,
-            ),
-        ).join(_message_scopes, sa.true())
-    )
-    .where(session_messages.c.superseded_at.is_(None))
-    .group_by(_message_scopes.c.scope, _day)
-    .subquery("days")
-)
-_stored_days = select(usage_buckets).where(usage_buckets.c.bucket == literal_column("'day'")).subquery("stored")
-USAGE = (
-    select(
-        func.coalesce(_stored_days.c.user_id, _days.c.scope).label("user_id"),
-        func.coalesce(_stored_days.c.start, _days.c.start).label("start"),
-    )
-    .select_from(
-        _stored_days.outerjoin(
-            _days, and_(_days.c.scope == _stored_days.c.user_id, _days.c.start == _stored_days.c.start), full=True
-        )
-    )
-    .where(
-        or_(
-            *(
-                func.coalesce(_stored_days.c[name], 0) != func.coalesce(_days.c[name], literal_column("0"))
-                for name in ("messages", "tokens", "cost", "active_sessions")
-            )
-        )
-    )
-    .limit(_PAGE)
-)
-
-_this = and_(table.c.user_id == bindparam("user_id"), table.c.session_id == bindparam("session_id"))
-RECOUNT = (
-    sa.update(table)
-    .where(_this)
-    .values(
-        version=table.c.version + 1,
-        **{name: bindparam(f"new_{name}", type_=table.c[name].type) for name in COUNTERS},
-    )
-)
-RELEASE = sa.update(table).where(_this).values(lease_expires_at=sa.null(), version=table.c.version + 1)
-CLOSE = (
-    sa.update(session_turns)
-    .where(
-        session_turns.c.user_id == bindparam("user_id"),
-        session_turns.c.session_id == bindparam("session_id"),
-        session_turns.c.status == OPEN,
-    )
-    .values(status=literal_column("'expired'"), closed_at=func.statement_timestamp())
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +31,7 @@ class Finding:
 async def check(database: Database) -> AsyncIterator[Finding]:
     """Everything that is off, session by session; tells its progress on standard error."""
     after, seen = {"after_user": "", "after_session": ""}, 0
-    while rows := await database.rows(CHECK, **after):
+    while rows := await database.rows(checks.CHECK, **after):
         for row in rows:
             for finding in _findings(row):
                 yield finding
@@ -240,13 +39,13 @@ async def check(database: Database) -> AsyncIterator[Finding]:
         sys.stderr.write(f"\r{seen} sessions checked")
         after = {"after_user": rows[-1]["user_id"], "after_session": rows[-1]["session_id"]}
     sys.stderr.write(f"\r{seen} sessions checked\n")
-    for row in await database.rows(ORPHAN_MESSAGES):
+    for row in await database.rows(checks.ORPHAN_MESSAGES):
         yield Finding(row["user_id"], row["session_id"], "message without its turn", f"seq {row['seq']}")
-    for row in await database.rows(ORPHAN_TURNS):
+    for row in await database.rows(checks.ORPHAN_TURNS):
         yield Finding(row["user_id"], row["session_id"], "turn without its messages", row["turn_id"])
-    for row in await database.rows(TOTALS):
+    for row in await database.rows(checks.TOTALS):
         yield Finding(row["user_id"] or "(all users)", "", "totals differ from what was counted", "")
-    for row in await database.rows(USAGE):
+    for row in await database.rows(checks.USAGE):
         yield Finding(row["user_id"] or "(all users)", "", "usage differs from the messages", f"on {row['start']:%F}")
 
 
@@ -254,18 +53,18 @@ def _findings(row: Row) -> list[Finding]:
     place = (row["user_id"], row["session_id"])
     key = {"user_id": place[0], "session_id": place[1]}
     found = []
-    off = [name for name in COUNTERS if row[name] != row[f"counted_{name}"]]
+    off = [name for name in checks.COUNTERS if row[name] != row[f"counted_{name}"]]
     if off:
         detail = ", ".join(f"{name} {row[name]}, by its rows {row[f'counted_{name}']}" for name in off)
-        new = {f"new_{name}": row[f"counted_{name}"] for name in COUNTERS}
-        found.append(Finding(*place, "counter differs from its rows", detail, (RECOUNT, key | new)))
+        new = {f"new_{name}": row[f"counted_{name}"] for name in checks.COUNTERS}
+        found.append(Finding(*place, "counter differs from its rows", detail, (checks.RECOUNT, key | new)))
     if row["rows"] != row["counted_last_seq"] or row["first"] != 1:
         detail = f"{row['rows']} messages, numbered {row['first']} to {row['counted_last_seq']}"
         found.append(Finding(*place, "gap in the seqs", detail))
     if row["open_turn_id"] is not None and row["lease_expires_at"] is None:
-        found.append(Finding(*place, "open turn without a lease", row["open_turn_id"], (CLOSE, key)))
+        found.append(Finding(*place, "open turn without a lease", row["open_turn_id"], (checks.CLOSE, key)))
     if row["open_turn_id"] is None and row["lease_expires_at"] is not None:
-        found.append(Finding(*place, "lease without an open turn", str(row["latest_turn_id"]), (RELEASE, key)))
+        found.append(Finding(*place, "lease without an open turn", str(row["latest_turn_id"]), (checks.RELEASE, key)))
     return found
 
 

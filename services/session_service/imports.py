@@ -12,7 +12,7 @@ from typing import IO, Any, Final
 
 from pydantic import BaseModel, ValidationError
 
-from services.session_service import imported, sessions
+from services.session_service import imported, imported_rows, sessions
 from services.session_service.export import FORMAT, FORMAT_VERSION
 from shared import json, values, wire
 from shared.database import Conn, Violation, Writer
@@ -123,8 +123,8 @@ async def store(
         header = _checked(imported.Header, number, first, limits)
         if header.format != FORMAT or header.format_version != FORMAT_VERSION:
             raise Damaged.line(number, "not an export of this format and version")
-        target = imported.Target(user_id, session_id or header.session.session_id)
-        if not await imported.create(conn, target, header):
+        target = imported_rows.Target(user_id, session_id or header.session.session_id)
+        if not await imported_rows.create(conn, target, header):
             raise SessionExists
         counts = {"messages": 0, "memories": 0, "turns": 0}
         last_seq_of_turns = 0
@@ -132,10 +132,10 @@ async def store(
             counts[kind] += len(models)
             if kind == "turns":
                 last_seq_of_turns = max(last_seq_of_turns, *(model.last_seq for model in models))
-            await imported.STORE[kind](conn, target, models, counts[kind] - len(models))
+            await imported_rows.STORE[kind](conn, target, models, counts[kind] - len(models))
         if counts != received.counts:
             raise Damaged.line(received.lines, "the counts are not those of the lines")
-        await imported.settle(conn, target, header, counts, last_seq_of_turns)
+        await imported_rows.settle(conn, target, header, counts, last_seq_of_turns)
         return await sessions.get(conn, target.user_id, target.session_id)
 
     for attempt in range(1, _TRIES + 1):

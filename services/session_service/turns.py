@@ -4,22 +4,19 @@ Its one invariant: of a session at most one turn is open, and only the holder of
 last can write the answer, once.
 """
 
-import hashlib
 import secrets
 from datetime import datetime
-from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import and_, bindparam, func, insert, select
-from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.sql.elements import ColumnElement
 from uuid_utils import uuid7
 
 from services.session_service import context, cursors, messages, sessions
 from services.session_service.creation import find_or_create
 from services.session_service.leases import close_overdue
-from services.session_service.rewind import supersede, supersede_after
+from services.session_service.rewind import supersede_after
 from services.session_service.schema import OPEN, session_messages
 from services.session_service.schema import session_turns as table
 from services.session_service.schema import sessions as _session
@@ -28,13 +25,9 @@ from shared import wire
 from shared.canonical import speaker
 from shared.database import Conn, Database, Row, Writer
 from shared.errors import LeaseLost, TurnClosed, TurnNotFound, ValidationFailed
-from shared.json import dumps
-
-# Claude's names of the token counts in a usage object; other numbers in there are no tokens.
-TOKEN_COUNTS = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
 mine: ColumnElement[bool] = and_(table.c.user_id == bindparam("user_id"), table.c.session_id == bindparam("session_id"))
-_this = and_(mine, table.c.turn_id == bindparam("turn_id"))
+THIS = and_(mine, table.c.turn_id == bindparam("turn_id"))
 COLUMNS: tuple[ColumnElement[Any], ...] = tuple(table.c[name] for name in wire.Turn.model_fields)
 _lease_seconds = bindparam("lease_seconds", type_=sa.Integer)
 
@@ -141,11 +134,11 @@ async def _require_user_last(conn: Conn, locked: Detail) -> None:
 
 # ── renew ───────────────────────────────────────────────────────────────────────────────────────
 
-GET = select(*COLUMNS).where(_this)
-GET_WITH_LEASE = select(*COLUMNS, table.c.lease_token, table.c.completion_hash).where(_this)
+GET = select(*COLUMNS).where(THIS)
+GET_WITH_LEASE = select(*COLUMNS, table.c.lease_token, table.c.completion_hash).where(THIS)
 RENEW = (
     sa.update(table)
-    .where(_this)
+    .where(THIS)
     .values(lease_expires_at=NOW + table.c.lease_seconds * SECOND)
     .returning(table.c.lease_expires_at)
 )
@@ -160,7 +153,7 @@ def from_row(row: Row) -> wire.Turn:
     return wire.Turn.model_construct(**{name: row[name] for name in wire.Turn.model_fields})
 
 
-async def _held(conn: Conn, locked: Detail, turn_id: str, lease_token: str) -> Row:
+async def held(conn: Conn, locked: Detail, turn_id: str, lease_token: str) -> Row:
     """The turn's row; LeaseLost for a wrong token."""
     row = await conn.row(GET_WITH_LEASE, **locked.key, turn_id=turn_id)
     if row is None:
@@ -175,7 +168,7 @@ async def renew(database: Database, user_id: str, session_id: str, turn_id: str,
 
     async def work(conn: Conn) -> wire.TurnRenewed:
         locked = await sessions.lock(conn, user_id, session_id)
-        row = await _held(conn, locked, turn_id, lease_token)
+        row = await held(conn, locked, turn_id, lease_token)
         if row["status"] != "open":
             raise TurnClosed
         lease_expires_at = await conn.value(RENEW, **locked.key, turn_id=turn_id)
@@ -185,112 +178,6 @@ async def renew(database: Database, user_id: str, session_id: str, turn_id: str,
         return wire.TurnRenewed.model_construct(turn_id=turn_id, lease_expires_at=lease_expires_at)
 
     return await database.transact(work)
-
-
-# ── complete ────────────────────────────────────────────────────────────────────────────────────
-
-_jsonb = JSONB(none_as_null=True)
-CLOSE = (
-    sa.update(table)
-    .where(_this)
-    .values(
-        status=bindparam("status", type_=sa.Text),
-        closed_at=NOW,
-        output_from_seq=bindparam("output_from_seq", type_=sa.Integer),
-        output_to_seq=bindparam("output_to_seq", type_=sa.Integer),
-        stop_reason=bindparam("stop_reason", type_=sa.Text),
-        model=bindparam("model", type_=sa.Text),
-        usage=bindparam("usage", type_=_jsonb),
-        cost_usd=bindparam("cost_usd", type_=sa.Numeric),
-        upstream=bindparam("upstream", type_=_jsonb),
-        error=bindparam("error", type_=_jsonb),
-        completion_hash=bindparam("completion_hash", type_=sa.LargeBinary),
-    )
-    .returning(*COLUMNS)
-)
-RELEASE = (
-    sa.update(_session).where(sessions.mine).values(**TOUCHED, lease_expires_at=sa.null()).returning(*sessions.COLUMNS)
-)
-OUTPUT = (
-    select(*messages.COLUMNS)
-    .where(
-        messages.mine,
-        session_messages.c.seq.between(bindparam("from_seq", type_=sa.Integer), bindparam("to_seq", type_=sa.Integer)),
-    )
-    .order_by(session_messages.c.seq)
-)
-
-
-async def complete(
-    database: Database, user_id: str, session_id: str, turn_id: str, answer: wire.CompleteTurn
-) -> wire.TurnCompleted:
-    """Stores the answer and closes the turn, in one transaction; the same call again gives the same answer.
-
-    A lease that has run out may still complete until another turn was opened. Raises LeaseLost after that or
-    for a wrong token, TurnClosed for a second, different completion.
-    """
-    completion_hash = hashlib.sha256(dumps(answer.model_dump(mode="json"))).digest()
-    drafts = _drafts(answer)
-
-    async def work(conn: Conn) -> wire.TurnCompleted:
-        locked = await sessions.lock(conn, user_id, session_id)
-        row = await _held(conn, locked, turn_id, answer.lease_token)
-        if row["completion_hash"] is not None:
-            if row["completion_hash"] != completion_hash:
-                raise TurnClosed
-            return await _completed(conn, locked, from_row(row))
-        if locked.latest_turn_id != turn_id:
-            raise LeaseLost
-        if answer.status == "refused" and row["input_from_seq"] is not None:
-            await supersede(conn, locked, from_seq=row["input_from_seq"], to_seq=row["input_to_seq"])
-        stored = await messages.append_drafts(conn, user_id, session_id, drafts, turn_id=turn_id) or []
-        fields = ("status", "stop_reason", "model", "usage", "cost_usd", "upstream", "error")
-        closed = await conn.row(
-            CLOSE,
-            **locked.key,
-            turn_id=turn_id,
-            output_from_seq=stored[0].seq if stored else None,
-            output_to_seq=stored[-1].seq if stored else None,
-            completion_hash=completion_hash,
-            **{name: getattr(answer, name) for name in fields},
-        )
-        session = sessions.from_row(await conn.row(RELEASE, **locked.key))
-        if closed is None:
-            raise TurnNotFound  # its user is being erased
-        return wire.TurnCompleted.model_construct(turn=from_row(closed), messages=stored, session=session)
-
-    return await database.transact(work)
-
-
-def _drafts(answer: wire.CompleteTurn) -> list[messages.Draft]:
-    """The answer's messages; its last assistant message gets the call's figures where it has none of its own."""
-    last = max((place for place, each in enumerate(answer.messages) if each.role == "assistant"), default=-1)
-    counts = {name: _count(answer.usage, name) for name in TOKEN_COUNTS}
-    outputs = sum(each.role == "assistant" for each in answer.messages)
-    # With one assistant message, all output tokens are its share; of several nobody tells the shares.
-    reported = counts["output_tokens"] if outputs == 1 else 0
-    return [
-        messages.draft(
-            message,
-            tokens_used=min(sum(counts.values()), 2**31 - 1) if place == last else 0,
-            cost_usd=(answer.cost_usd or Decimal(0)) if place == last else Decimal(0),
-            reported_tokens=(reported or None) if place == last else None,
-        )
-        for place, message in enumerate(answer.messages)
-    ]
-
-
-def _count(usage: dict[str, Any] | None, name: str) -> int:
-    value = (usage or {}).get(name)
-    return min(value, 2**31 - 1) if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
-
-
-async def _completed(conn: Conn, locked: Detail, turn: wire.Turn) -> wire.TurnCompleted:
-    rows = []
-    if turn.output_from_seq is not None:
-        rows = await conn.rows(OUTPUT, **locked.key, from_seq=turn.output_from_seq, to_seq=turn.output_to_seq)
-    stored = [messages.from_row(row) for row in rows]
-    return wire.TurnCompleted.model_construct(turn=turn, messages=stored, session=locked.session)
 
 
 # ── read ────────────────────────────────────────────────────────────────────────────────────────

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from services.session_service import context, sessions, turns
+from services.session_service import completion, context, sessions, turns
 from services.session_service.routes.creating import CreatingRoute, Writes, creating_errors
 from services.session_service.routes.parameters import (
     AppState,
@@ -111,7 +111,7 @@ async def renew_turn(
 async def complete_turn(
     session_id: SessionId, turn_id: OtherId, user_id: UserId, result: wire.CompleteTurn, db: Db, state: AppState
 ) -> Response:
-    completed = await turns.complete(db, user_id, session_id, turn_id, result)
+    completed = await completion.complete(db, user_id, session_id, turn_id, result)
     state.lines.wake((user_id, session_id))
     state.metrics.appends.inc(len(completed.messages))
     return answer(completed)
