@@ -4,6 +4,7 @@ Its one invariant: the seqs of a session are 1, 2, 3 … without a gap or a twin
 are the sums over its rows; one statement, `APPEND`, moves both.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -99,6 +100,9 @@ APPEND = (
     )
     .returning(table.c.seq, table.c.created_at)
 )
+
+
+_TRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,24 +228,26 @@ async def append(
             raise _NotAppended
         return stored[0]
 
-    try:
-        return await writer.write(work)
-    except _NotAppended:
-        pass
-    except Violation as violation:
-        if violation.constraint != "session_messages_message_id_key":
-            raise
-
     async def again(conn: Conn) -> wire.Message:
         earlier = await conn.row(GET, user_id=user_id, message_id=message.message_id)
         if earlier is None:
             raise _NotAppended
         return _same(from_row(earlier), session_id, drafted)
 
-    try:
-        return await writer.write(again)
-    except _NotAppended:
-        raise await _why_not(database, user_id, session_id) from None
+    for _ in range(_TRIES):
+        try:
+            return await writer.write(work)
+        except _NotAppended:
+            pass
+        except Violation as violation:
+            if violation.constraint != "session_messages_message_id_key":
+                raise
+        if message.message_id is not None:
+            with suppress(_NotAppended):
+                return await writer.write(again)
+        # Where nothing is in the way any more (the session was just made, a turn just closed), it is tried again.
+        await _require_appendable(database, user_id, session_id)
+    raise TurnInProgress(retry_after_seconds=1)
 
 
 class _NotAppended(Exception):
@@ -256,17 +262,15 @@ def _same(earlier: wire.Message, session_id: str, drafted: Draft) -> wire.Messag
     return earlier
 
 
-async def _why_not(database: Database, user_id: str, session_id: str) -> Exception:
-    """Why an append found no session to go to; asked only after one did not."""
+async def _require_appendable(database: Database, user_id: str, session_id: str) -> None:
+    """Raises what keeps an append out of the session; asked only after something has."""
 
-    async def work(conn: Conn) -> Exception:
+    async def work(conn: Conn) -> None:
         locked = await sessions.lock(conn, user_id, session_id)
         locked.require_active()
         locked.require_free()
-        # What stood in the way is over; the caller may simply try again.
-        return TurnInProgress(retry_after_seconds=1)
 
-    return await database.transact(work)
+    await database.transact(work)
 
 
 # ── read ────────────────────────────────────────────────────────────────────────────────────────
