@@ -25,6 +25,13 @@ def message_hash(role: str, content: str | list[Any]) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
+def chain(start: bytes, hashes: Iterable[bytes]) -> bytes:
+    """One hash for a sequence of messages, from their hashes; `start` is the hash of those before them."""
+    for each in hashes:
+        start = hashlib.sha256(start + each).digest()
+    return start
+
+
 def canonical_blocks(content: str | list[Any]) -> list[Any]:
     """Content as blocks in which adjacent texts are one, without what does not reach the model's eye.
 

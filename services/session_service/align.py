@@ -11,8 +11,11 @@ from sqlalchemy import bindparam, select
 from services.session_service import sessions
 from services.session_service.messages import mine
 from services.session_service.schema import session_messages as table
+from services.session_service.schema import sessions as _session
 from shared import wire
+from shared.canonical import chain
 from shared.database import Conn
+from shared.errors import SessionNotFound
 
 _CHUNK = 1_000
 
@@ -30,16 +33,30 @@ HASHES = (
 )
 
 
+CHAIN = select(_session.c.version, _session.c.chain_count, _session.c.chain_seq, _session.c.chain_hash).where(
+    sessions.mine
+)
+
+
 async def align(conn: Conn, user_id: str, session_id: str, hashes: list[str]) -> wire.Aligned:
-    """How many of the hashes, from the first on, are the beginning of the visible history, and the seq up to there."""
-    session = await sessions.get(conn, user_id, session_id)
-    wanted = iter(hashes)
+    """How many of the hashes, from the first on, are the beginning of the visible history, and the seq up to there.
+
+    What the session knows as one sequence is compared as a whole, so that only what came since is looked at.
+    """
+    row = await conn.row(CHAIN, user_id=user_id, session_id=session_id)
+    if row is None:
+        raise SessionNotFound
     matched = seq = 0
-    while True:
+    known: int = row["chain_count"]
+    if 0 < known <= len(hashes) and chain(b"", map(bytes.fromhex, hashes[:known])) == row["chain_hash"]:
+        matched, seq = known, row["chain_seq"]
+    wanted = iter(hashes[matched:])
+    while matched < len(hashes):
         rows = await conn.rows(HASHES, user_id=user_id, session_id=session_id, after_seq=seq)
-        for row, hashed in zip(rows, islice(wanted, len(rows)), strict=False):
-            if row["canonical_hash"].hex() != hashed:
-                return wire.Aligned(matched=matched, seq=seq, version=session.version)
-            matched, seq = matched + 1, row["seq"]
-        if len(rows) < _CHUNK or matched == len(hashes):
-            return wire.Aligned(matched=matched, seq=seq, version=session.version)
+        for found, hashed in zip(rows, islice(wanted, len(rows)), strict=False):
+            if found["canonical_hash"].hex() != hashed:
+                return wire.Aligned(matched=matched, seq=seq, version=row["version"])
+            matched, seq = matched + 1, found["seq"]
+        if len(rows) < _CHUNK:
+            break
+    return wire.Aligned(matched=matched, seq=seq, version=row["version"])

@@ -19,6 +19,7 @@ from services.session_service import counting, indexing, words
 from services.session_service.schema import ACTIVE, session_memories, session_messages
 from services.session_service.schema import sessions as table
 from services.session_service.sessions import NOW
+from shared.canonical import chain
 from shared.database import Conn, Database, Row
 from shared.errors import Unavailable
 
@@ -44,6 +45,9 @@ NEWS = (
         table.c.indexed_seq,
         table.c.indexed_at,
         table.c.counted_to,
+        table.c.chain_count,
+        table.c.chain_seq,
+        table.c.chain_hash,
     )
     .where(
         table.c.indexed_version < table.c.version,
@@ -63,6 +67,8 @@ _some = (
         session_messages.c.tokens_used,
         session_messages.c.cost_usd,
         session_messages.c.superseded_at,
+        session_messages.c.role,
+        session_messages.c.canonical_hash,
     )
     .where(
         session_messages.c.user_id == bindparam("user_id"),
@@ -74,6 +80,17 @@ _some = (
     .subquery("some")
 )
 MESSAGES = select(_some).where(_some.c.bytes_before < ROUND_BYTES).order_by(_some.c.seq)
+SPOKEN = (
+    select(session_messages.c.seq, session_messages.c.canonical_hash)
+    .where(
+        session_messages.c.user_id == bindparam("user_id"),
+        session_messages.c.session_id == bindparam("session_id"),
+        session_messages.c.seq <= bindparam("indexed_seq", type_=sa.Integer),
+        session_messages.c.superseded_at.is_(None),
+        session_messages.c.role != literal_column("'system'"),
+    )
+    .order_by(session_messages.c.seq)
+)
 _since = bindparam("indexed_at", type_=sa.TIMESTAMP(timezone=True))
 MEMORIES = select(session_memories.c.memory_id, session_memories.c.content).where(
     session_memories.c.user_id == bindparam("user_id"),
@@ -88,6 +105,9 @@ _MARKS: dict[str, sa.types.TypeEngine[Any]] = {
     "version": sa.BigInteger(),
     "rewinds": sa.Integer(),
     "counted_to": sa.TIMESTAMP(timezone=True),
+    "chain_count": sa.Integer(),
+    "chain_seq": sa.Integer(),
+    "chain_hash": sa.LargeBinary(),
 }
 _done = (
     func.unnest(*(bindparam(f"{name}_array", type_=ARRAY(kind)) for name, kind in _MARKS.items()))
@@ -103,6 +123,9 @@ _held = (
         _done.c.seq,
         _done.c.version,
         _done.c.counted_to,
+        _done.c.chain_count,
+        _done.c.chain_seq,
+        _done.c.chain_hash,
         (table.c.status == ACTIVE).label("is_active"),
         table.c.message_count,
         (table.c.total_tokens - table.c.superseded_tokens).label("tokens"),
@@ -138,6 +161,9 @@ MARK = (
         counted_tokens=_held.c.tokens,
         counted_cost=_held.c.cost,
         counted_to=_held.c.counted_to,
+        chain_count=_held.c.chain_count,
+        chain_seq=_held.c.chain_seq,
+        chain_hash=_held.c.chain_hash,
     )
     .returning(table.c.user_id, table.c.session_id)
 )
@@ -151,6 +177,8 @@ class _Session:
     seq: int
     version: int
     visible: list[Row] = field(default_factory=list)
+    earlier: list[Row] = field(default_factory=list)
+    """Of the messages looked at before those that a broken chain has to be put together from again."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -166,7 +194,14 @@ class _Session:
         return last
 
     def mark(self) -> tuple[Any, ...]:
-        return (*self.key, self.seq, self.version, self.row["rewinds"], self.counted_to)
+        return (*self.key, self.seq, self.version, self.row["rewinds"], self.counted_to, *self.chain())
+
+    def chain(self) -> tuple[int, int, bytes]:
+        """Count, last seq and hash of the visible conversation as far as it was read; as align.py needs them."""
+        spoken = [*self.earlier, *(each for each in self.visible if each["role"] != "system")]
+        hashed = chain(self.row["chain_hash"], (each["canonical_hash"] for each in spoken))
+        last_seq = spoken[-1]["seq"] if spoken else self.row["chain_seq"]
+        return self.row["chain_count"] + len(spoken), last_seq, hashed
 
 
 FIRST: Final = ("", "")
@@ -219,6 +254,8 @@ async def _read(conn: Conn, row: Row, texts: list[indexing.Text]) -> _Session:
         news.seq = messages[-1]["seq"] if messages else news.seq
         if news.has_more:
             news.version -= 1  # and so it stays news
+    if row["chain_seq"] == 0 and row["indexed_seq"] > 0:
+        news.earlier = await conn.rows(SPOKEN, **key, indexed_seq=row["indexed_seq"])
     memories = await conn.rows(MEMORIES, **key, indexed_at=row["indexed_at"])
     texts += [indexing.Text(*news.key, 0, memory["memory_id"], memory["content"]) for memory in memories]
     return news

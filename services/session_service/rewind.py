@@ -37,6 +37,7 @@ _cost = select(func.coalesce(func.sum(_superseded.c.cost_usd), 0)).scalar_subque
 _covers_one: ColumnElement[bool] = (
     select(_superseded.c.seq).where(_superseded.c.seq <= table.c.summary_to_seq).correlate(table).exists()
 )
+_breaks_chain = table.c.chain_seq >= _from_seq
 _is_behind_window = table.c.window_start_seq >= _from_seq
 SUPERSEDE = (
     sa.update(table)
@@ -53,6 +54,10 @@ SUPERSEDE = (
             (table.c.window_start_seq >= _from_seq, table.c.first_seq), else_=table.c.window_start_seq
         ),
         rewinds=table.c.rewinds + 1,
+        # What was known as one sequence has lost a part; it is put together again beside the request path.
+        chain_count=case((_breaks_chain, 0), else_=table.c.chain_count),
+        chain_seq=case((_breaks_chain, 0), else_=table.c.chain_seq),
+        chain_hash=case((_breaks_chain, sa.literal_column("''::bytea")), else_=table.c.chain_hash),
         counted_to=counting.COUNTED_TO,
         updated_at=NOW,
         version=table.c.version + 1,

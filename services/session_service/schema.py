@@ -91,6 +91,10 @@ sessions = Table(
     _time("indexed_at", nullable=True),
     # How often messages were taken back; who counts messages sees by it that what it read still holds.
     _count("rewinds"),
+    # Hash of the hashes of the visible conversation up to chain_seq, by which a client's array is known again.
+    _count("chain_count"),
+    _count("chain_seq"),
+    Column("chain_hash", LargeBinary, nullable=False, server_default=text("''")),
     # What of this session is in session_totals and usage_buckets.
     Column("counted", Boolean, nullable=False, server_default=text("false")),
     Column("counted_active", Boolean, nullable=False, server_default=text("false")),
