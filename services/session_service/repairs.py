@@ -100,11 +100,18 @@ def _with_fit_blocks(pieces: Iterable[Piece], done: Repaired) -> list[Piece]:
 
 def _cleaned(block: Block) -> Block:
     """The block without our own mark, and without what the API refuses inside of it."""
-    unwanted = {"incomplete", "cache_control"} if block["type"] in _THINKING else {"incomplete"}
+    unwanted = {"incomplete", "cache_control"} if block.get("type") in _THINKING else {"incomplete"}
     clean = {key: value for key, value in block.items() if key not in unwanted}
-    if block["type"] == "tool_result" and isinstance(block.get("content"), list):
-        clean["content"] = [part for part in block["content"] if not _is_empty_text(part)]
+    if block.get("type") == "tool_result" and isinstance(block.get("content"), list):
+        clean["content"] = [
+            _cleaned(part) if isinstance(part, dict) else part for part in _kept_parts(block["content"])
+        ]
     return clean
+
+
+def _kept_parts(parts: list[Any]) -> list[Any]:
+    incomplete = [isinstance(part, dict) and part.get("incomplete") is True for part in parts]
+    return [part for part, is_cut in zip(parts, incomplete, strict=True) if not (is_cut or _is_empty_text(part))]
 
 
 def _is_empty_text(block: Any) -> bool:

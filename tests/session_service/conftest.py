@@ -1,6 +1,8 @@
 """What the black-box tests of session_service share beside tests/conftest.py."""
 
-from collections.abc import AsyncIterator, Callable
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import asyncpg
 import httpx
@@ -38,3 +40,15 @@ async def crowd(session_service: ServiceProcess) -> AsyncIterator[httpx.AsyncCli
 def own_database(make_database: Callable[[], str]) -> str:
     """A database for this test alone."""
     return make_database()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_faults(scratch: Path) -> Iterator[None]:
+    """Whatever the tests of a file do to their services, none says that something was a fault of its own."""
+    logs = "session_service-*.log"
+    seen = {log: log.stat().st_size for log in scratch.glob(logs)}
+    yield
+    for log in scratch.glob(logs):
+        for line in log.read_bytes()[seen.get(log, 0) :].decode(errors="replace").splitlines():
+            said = json.loads(line)
+            assert said["level"] != "error" or "logger" in said, line  # libraries have a logger; we do not

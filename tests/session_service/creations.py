@@ -5,14 +5,11 @@ Its one invariant: KINDS names all of them, and GROWS says by how many rows a si
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-import asyncpg
 import httpx
 
-from tests.session_service.calls import Chat, Json, User, fine, new_user_id, said
-
-Db: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+from tests.session_service.calls import Chat, Db, Json, User, fine, new_user_id, said
 
 TABLES = ("sessions", "session_messages", "session_turns", "session_memories")
 # Numbers, text and key order that a careless copy of the answer would change.

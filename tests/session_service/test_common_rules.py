@@ -11,6 +11,20 @@ from tests.session_service.calls import TIME, UUID7, Chat, User, fine, invalid, 
 
 NOT_FOUND = b'{"detail":"Session not found","code":"session_not_found"}'
 
+LOOK_ALIKES = [
+    "user",
+    "User",
+    "USER",
+    "us\u0435r",
+    "us\u00e9r",
+    "use\u0301r",
+    "us\u200der",
+    "user\ufeff",
+    "user_",
+    "use%",
+    "user\\",
+]
+
 ROUTES_OF_A_SESSION: list[tuple[str, str, Any]] = [
     ("GET", "", None),
     ("PUT", "", {"title": "mine now"}),
@@ -74,6 +88,19 @@ async def test_two_users_may_use_the_same_session_id_and_message_id(user: User) 
     assert await Chat(other, "shared").contents() == ["two"]
     found = await Chat(user, "shared").call("GET", "/messages/m-1")
     assert fine(found)["content"] == "one"
+
+
+async def test_users_and_sessions_that_look_alike_are_different_ones(user: User) -> None:
+    users = [User(user.http, f"{user.id}-{each}") for each in LOOK_ALIKES]
+    for each in users:
+        for session_id in LOOK_ALIKES:
+            made = await each.create(session_id=session_id, title=f"{each.id} {session_id}")
+            assert made["title"] == f"{each.id} {session_id}"
+    for each in users:
+        listed = await each.sessions()
+        assert listed["total"] == len(LOOK_ALIKES)
+        assert {found["user_id"] for found in listed["sessions"]} == {each.id}
+        assert {found["session_id"] for found in listed["sessions"]} == set(LOOK_ALIKES)
 
 
 @pytest.mark.parametrize(("method", "path", "body"), ROUTES_OF_A_SESSION)

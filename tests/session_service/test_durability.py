@@ -1,17 +1,19 @@
 """What a client was told succeeded is on disk, whoever is killed, and what was not applied is not half there."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import httpx
 import pytest
 
 from shared.http_client import http_client
-from tests.processes import free_port, start_session_service
-from tests.session_service.calls import Chat, Json, Turn, User, check_counters, fine, new_user_id, said
+from tests.processes import ServiceProcess, free_port, start_session_service
+from tests.session_service.calls import Chat, Db, Json, Turn, User, check_counters, fine, new_user_id, said
 
 
 @asynccontextmanager
@@ -60,79 +62,77 @@ async def stored(chat: Chat) -> dict[str, Json]:
     return found
 
 
-@pytest.mark.parametrize("graceful", [False, True], ids=["SIGKILL", "SIGTERM"])
-async def test_the_service_ends_in_the_middle_of_a_hundred_parallel_appends(
-    own_database: str, scratch: Path, graceful: bool
-) -> None:
+@dataclass
+class Life:
+    """What clients were told while a service lived."""
+
+    acknowledged: dict[str, Json]
+    user_id: str
+    session_ids: list[str]
+    turn: Json
+
+    async def check_everything_is_there(self, client: httpx.AsyncClient, db: Db) -> int:
+        """Every acknowledged message is stored as it was told, and counters equal rows; how many rows there are."""
+        rows = 0
+        for session_id in self.session_ids:
+            chat = Chat(User(client, self.user_id), session_id)
+            found = await stored(chat)
+            rows += len(found)
+            assert (await check_counters(db, chat))["message_count"] == len(found)
+            told = {each: message for each, message in self.acknowledged.items() if message["session_id"] == session_id}
+            assert {message_id: found.get(message_id) for message_id in told} == told
+        return rows
+
+
+async def lived(service: ServiceProcess, end: Callable[[], object]) -> Life:
+    """A hundred clients that append and talk while `end` ends the service under them."""
+    life = Life({}, new_user_id(), [f"s{number}" for number in range(10)], {})
+    async with client_of(service.port) as client:
+        user = User(client, life.user_id)
+        for session_id in life.session_ids:
+            await user.create(session_id=session_id)
+        life.turn = (await Chat(user, "open").open(said("q"), create_session={})).opened
+        waiting = asyncio.create_task(Chat(user, "open").turn(said("late"), wait_seconds=30))
+        busy, others = life.session_ids[0], life.session_ids[1:]
+        clients = [(busy, number) for number in range(50)] + [(each, n) for each in others[:5] for n in range(10)]
+        tasks = [append_until_it_fails(Chat(user, each), f"c{n}", life.acknowledged) for each, n in clients]
+        tasks += [talk_until_it_fails(Chat(user, each), life.acknowledged) for each in others[5:]]
+        running = asyncio.gather(*tasks)
+        while len(life.acknowledged) < 200:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(end)
+        await running
+        with pytest.raises(httpx.HTTPError):  # the waiter was not served, and did not hold up the end
+            (await waiting).raise_for_status()
+    return life
+
+
+async def test_the_service_ends_in_the_middle_of_a_hundred_parallel_appends(own_database: str, scratch: Path) -> None:
+    """First by SIGTERM, then by SIGKILL; each time the next process finds what the one before acknowledged."""
     port = free_port()
-    acknowledged: dict[str, Json] = {}
-    user_id = new_user_id()
+    settings: dict[str, Any] = {"GRACEFUL_STOP_SECONDS": "1"}
+    db = await asyncpg.connect(own_database)
+    with start_session_service(own_database, scratch, port, **settings) as service:
+        first = await lived(service, service.stop)
+        assert service.popen.returncode == 0
     with start_session_service(own_database, scratch, port) as service:
         async with client_of(port) as client:
-            user = User(client, user_id)
-            busy, *others = [(await user.create(session_id=f"s{number}"))["session_id"] for number in range(10)]
-            tasks = [append_until_it_fails(Chat(user, busy), f"c{number}", acknowledged) for number in range(50)]
-            tasks += [
-                append_until_it_fails(Chat(user, each), f"c{n}", acknowledged) for each in others[:5] for n in range(10)
-            ]
-            tasks += [talk_until_it_fails(Chat(user, each), acknowledged) for each in others[5:]]
-            running = asyncio.gather(*tasks)
-            while len(acknowledged) < 300:
-                await asyncio.sleep(0.01)
-            if graceful:
-                assert await asyncio.to_thread(service.stop) == 0
-            else:
-                service.kill()
-            await running
-    with start_session_service(own_database, scratch, port):
-        connection = await asyncpg.connect(own_database)
-        async with client_of(port) as client:
-            user = User(client, user_id)
-            rows = 0
-            for each in (busy, *others):
-                chat = Chat(user, each)
-                found = await stored(chat)
-                rows += len(found)
-                assert (await check_counters(connection, chat))["message_count"] == len(found)
-                kept = {
-                    message_id: message for message_id, message in acknowledged.items() if message["session_id"] == each
-                }
-                assert {message_id: found.get(message_id) for message_id in kept} == kept
-            if graceful:  # nobody was left without an answer
-                assert rows == len(acknowledged)
-        await connection.close()
-
-
-async def test_an_open_turn_outlives_the_process(own_database: str, scratch: Path) -> None:
-    port = free_port()
-    user_id = new_user_id()
-    with start_session_service(own_database, scratch, port) as service:
-        async with client_of(port) as client:
-            turn = await Chat(User(client, user_id), "s").open(said("q"), create_session={})
-            service.kill()
+            # Asked to end, it answered everyone before: no row is stored that nobody was told of.
+            assert await first.check_everything_is_there(client, db) == len(first.acknowledged)
+            await check_turn_outlived(client, first)
+        second = await lived(service, service.kill)
     with start_session_service(own_database, scratch, port):
         async with client_of(port) as client:
-            chat = Chat(User(client, user_id), "s")
-            again = Turn(chat, turn.opened)
-            fine(await again.renew())
-            first = await again.complete(said("r", "assistant"), cost_usd=0.5)
-            assert await again.complete(said("r", "assistant"), cost_usd=0.5) == first
-            assert await chat.contents() == ["q", "r"]
+            await second.check_everything_is_there(client, db)
+            await check_turn_outlived(client, second)
+    await db.close()
 
 
-async def test_a_waiter_does_not_hold_up_the_end(own_database: str, scratch: Path) -> None:
-    """SIGTERM while someone waits for a busy session: an answer comes, and the process ends within its time."""
-    port = free_port()
-    with start_session_service(own_database, scratch, port, GRACEFUL_STOP_SECONDS="1") as service:
-        async with client_of(port) as client:
-            chat = Chat(User(client, new_user_id()), "s")
-            turn = await chat.open(said("q"), create_session={})
-            waiting = asyncio.create_task(chat.turn(said("late"), wait_seconds=30))
-            await asyncio.sleep(0.2)
-            assert await asyncio.to_thread(service.stop, 10) == 0
-            with pytest.raises(httpx.HTTPError):
-                (await waiting).raise_for_status()
-    with start_session_service(own_database, scratch, port):
-        async with client_of(port) as client:
-            chat = Chat(User(client, chat.user.id), "s")
-            assert (await Turn(chat, turn.opened).complete())["session"]["message_count"] == 1
+async def check_turn_outlived(client: httpx.AsyncClient, life: Life) -> None:
+    """The turn that was open goes on under the next process, once."""
+    chat = Chat(User(client, life.user_id), "open")
+    turn = Turn(chat, life.turn)
+    fine(await turn.renew())
+    first = await turn.complete(said("r", "assistant"), cost_usd=0.5)
+    assert await turn.complete(said("r", "assistant"), cost_usd=0.5) == first
+    assert await chat.contents() == ["q", "r"]

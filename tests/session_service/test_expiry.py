@@ -2,13 +2,8 @@
 
 import asyncio
 import time
-from pathlib import Path
 
-import asyncpg
-import httpx
-
-from tests.processes import free_port, start_session_service
-from tests.session_service.calls import Chat, Db, User, check_counters, fine, new_user_id, refused, said, wait
+from tests.session_service.calls import Chat, Db, User, check_counters, fine, refused, said, wait
 
 
 async def expired_chat(user: User, db: Db) -> Chat:
@@ -160,45 +155,3 @@ async def test_a_session_without_a_timeout_never_expires(user: User, db: Db) -> 
     await wait(db, chat, 10**8)
     assert (await chat.get())["is_active"] is True
     await chat.append("back after three years")
-
-
-async def test_two_sweepers_at_once_end_each_session_once(own_database: str, scratch: Path) -> None:
-    url, count = own_database, 120
-    first = start_session_service(url, scratch, free_port(), SWEEP_INTERVAL_SECONDS="0.1")
-    second = start_session_service(url, scratch, free_port(), SWEEP_INTERVAL_SECONDS="0.1")
-    with first as one, second as two:
-        connection = await asyncpg.connect(url)
-        client = httpx.AsyncClient(base_url=f"{one.url}/api/v1", timeout=30, trust_env=False)
-        try:
-            user = User(client, new_user_id())
-            chats = [await user.chat(idle_timeout_seconds=60) for _ in range(count)]
-            turns = [await chat.open(said("x"), lease_seconds=3600) for chat in chats[:20]]
-            kept = await user.chat(idle_timeout_seconds=1000)
-            versions = {chat.id: (await chat.get())["version"] for chat in chats}
-            await connection.execute(
-                "UPDATE dev.sessions SET expires_at = expires_at - interval '1 hour',"
-                " lease_expires_at = lease_expires_at - interval '2 hours' WHERE session_id != $1",
-                kept.id,
-            )
-            deadline = time.monotonic() + 10
-            waiting = "SELECT count(*) FROM dev.sessions WHERE status = 'active' OR lease_expires_at IS NOT NULL"
-            while await connection.fetchval(waiting) > 1:
-                assert time.monotonic() < deadline
-                await asyncio.sleep(0.05)
-            for chat in chats:
-                session = await chat.get()
-                assert (session["status"], session["ended_reason"]) == ("ended", "expired")
-                swept_twice = chat.id in {turn.chat.id for turn in turns}  # its turn, then itself
-                assert session["version"] == versions[chat.id] + 1 + swept_twice
-            assert {(await turn.get())["status"] for turn in turns} == {"expired"}
-            assert (await kept.get())["status"] == "active"
-            late = await turns[0].complete(said("late, but not taken over", "assistant"))
-            assert (late["turn"]["status"], late["session"]["status"]) == ("completed", "ended")
-            ended = 0.0
-            for each in (one, two):
-                metrics = (await client.get(f"{each.url}/metrics")).text
-                ended += float(metrics.split("\nsessions_expired_total ")[1].split("\n")[0])
-            assert ended == count
-        finally:
-            await client.aclose()
-            await connection.close()

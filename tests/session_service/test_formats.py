@@ -38,7 +38,7 @@ def openai_problem(messages: list[Json]) -> str | None:
     return None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(histories(well_formed))
 def test_any_history_in_the_openai_shape(pieces: list[Piece]) -> None:
     done = repair(pieces)
@@ -49,7 +49,7 @@ def test_any_history_in_the_openai_shape(pieces: list[Piece]) -> None:
     assert [call for call in calls if call not in answered] == done.pending_tool_calls
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(histories(well_formed))
 def test_any_history_in_the_plain_shape(pieces: list[Piece]) -> None:
     done = repair(pieces)

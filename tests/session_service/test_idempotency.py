@@ -6,12 +6,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.session_service.calls import Chat, User, fine, invalid, new_user_id, refused, said
+from tests.session_service.calls import Chat, Db, User, fine, invalid, new_user_id, refused, said
 from tests.session_service.creations import (
     GROWS,
     KINDS,
     NATIVE,
-    Db,
     Request,
     a_chat,
     answered,

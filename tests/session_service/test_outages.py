@@ -102,9 +102,8 @@ async def check_all_calls_say_so(chat: Chat) -> None:
 
 async def check_health_of(user: User, *, connected: bool) -> None:
     root = str(user.http.base_url).split("/api")[0]
-    live, ready, simple, detailed = [
-        await user.http.get(root + path) for path in ("/health/live", "/health/ready", "/health", "/health/detailed")
-    ]
+    paths = ("/health/live", "/health/ready", "/health", "/health/detailed")
+    live, ready, simple, detailed = await asyncio.gather(*(user.http.get(root + path) for path in paths))
     assert (live.status_code, simple.status_code) == (200, 200)
     assert (ready.status_code, detailed.status_code) == ((200, 200) if connected else (503, 503))
     assert detailed.json()["database_connected"] is connected
@@ -196,24 +195,32 @@ async def test_a_row_locked_by_someone_else(user: User, data_dir: Path) -> None:
     await chat.append("free again")
 
 
-async def test_a_service_that_starts_before_postgres(data_dir: Path, scratch: Path) -> None:
+async def test_a_service_that_starts_before_postgres_and_before_its_tables(data_dir: Path, scratch: Path) -> None:
+    """Until both are there it says so; then it needs no restart."""
     url = embedded_postgres.url(data_dir)
     await asyncio.to_thread(embedded_postgres.stop, data_dir)
     port = free_port()
-    with start_session_service(url, scratch, port, wait=False, **TIMEOUTS) as process:
-        try:
-            await asyncio.to_thread(process.wait_until, "/health/live")
-            async with httpx.AsyncClient(base_url=process.url, trust_env=False) as client:
-                for path in ("/api/v1/sessions?user_id=u", "/api/v1/sessions/s?user_id=u", "/api/v1/sessions/stats"):
-                    refused(await client.get(path), 503, "not_initialized", "Session service not initialized")
-                posted = await client.post("/api/v1/sessions", json={"user_id": "u"})
-                assert posted.content == b'{"detail":"Session service not initialized","code":"not_initialized"}'
-                assert (await client.get("/health/ready")).status_code == 503
-                detailed = await client.get("/health/detailed")
-                assert (detailed.status_code, detailed.json()["database_connected"]) == (503, False)
-                assert detailed.json()["schema_revision"] is None
-        finally:
-            await asyncio.to_thread(embedded_postgres.start, data_dir)
-        await asyncio.to_thread(process.wait_until, "/health/ready", 10)
+    with start_session_service(url, scratch, port, wait=False, DB_SCHEMA="other_1", **TIMEOUTS) as process:
         async with httpx.AsyncClient(base_url=process.url, trust_env=False) as client:
+            try:
+                await asyncio.to_thread(process.wait_until, "/health/live")
+                await check_not_initialized(client)
+            finally:
+                await asyncio.to_thread(embedded_postgres.start, data_dir)
+            await asyncio.sleep(0.5)
+            await check_not_initialized(client)
+            await asyncio.to_thread(migrate, url, schema="other_1")
+            await asyncio.to_thread(process.wait_until, "/health/ready", 10)
             fine(await client.post("/api/v1/sessions", json={"user_id": "u"}))
+            assert (await client.get("/health/detailed")).json()["schema_revision"]
+
+
+async def check_not_initialized(client: httpx.AsyncClient) -> None:
+    for path in ("/api/v1/sessions?user_id=u", "/api/v1/sessions/s?user_id=u", "/api/v1/sessions/stats"):
+        refused(await client.get(path), 503, "not_initialized", "Session service not initialized")
+    posted = await client.post("/api/v1/sessions", json={"user_id": "u"})
+    assert posted.content == b'{"detail":"Session service not initialized","code":"not_initialized"}'
+    assert (await client.get("/health/ready")).status_code == 503
+    detailed = await client.get("/health/detailed")
+    assert (detailed.status_code, detailed.json()["database_connected"]) == (503, False)
+    assert detailed.json()["schema_revision"] is None

@@ -1,14 +1,8 @@
 """Figures: totals of all users and of one, and usage over time."""
 
-import asyncio
-import time
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
-import httpx
-
-from tests.processes import free_port, start_session_service
-from tests.session_service.calls import Chat, Db, Json, User, fine, new_user_id, said
+from tests.session_service.calls import Chat, Db, Json, User, fine, said
 
 NOTHING: Json = {
     "total_sessions": 0,
@@ -49,31 +43,6 @@ async def test_a_users_stats_are_exact_and_of_visible_messages(user: User) -> No
         "total_cost": 0.4,
         "average_messages_per_session": 1.7,
     }
-
-
-async def test_the_stats_of_all_users(own_database: str, scratch: Path) -> None:
-    with start_session_service(own_database, scratch, free_port(), STATS_CACHE_SECONDS="1") as service:
-        async with httpx.AsyncClient(base_url=f"{service.url}/api/v1", trust_env=False) as client:
-            assert fine(await client.get("/sessions/stats")) == NOTHING
-            for number in range(3):
-                chat = await User(client, new_user_id()).chat()
-                for _ in range(number):
-                    await chat.append("x", tokens_used=7, cost_usd=0.25)
-            fine(await chat.end())
-            began = time.monotonic()
-            expected = {
-                "total_sessions": 3,
-                "active_sessions": 2,
-                "total_messages": 3,
-                "total_tokens": 21,
-                "total_cost": 0.75,
-                "average_messages_per_session": 1.0,
-            }
-            while (stats := fine(await client.get("/sessions/stats"))) != expected:
-                assert time.monotonic() - began < 2, stats
-                await asyncio.sleep(0.05)
-            answers = await asyncio.gather(*(client.get("/sessions/stats") for _ in range(50)))
-            assert {answer.content for answer in answers} == {answers[0].content}
 
 
 async def usage(user: User, **params: str) -> list[Json]:

@@ -7,8 +7,20 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.session_service.calls import Chat, Json, User, fine, invalid, new_user_id, refused, said, stored_rows, wait
-from tests.session_service.creations import Db, exported
+from tests.session_service.calls import (
+    Chat,
+    Db,
+    Json,
+    User,
+    fine,
+    invalid,
+    new_user_id,
+    refused,
+    said,
+    stored_rows,
+    wait,
+)
+from tests.session_service.creations import exported
 
 ANSWER = said("an answer", "assistant")
 

@@ -41,7 +41,7 @@ def exceeded(draw: st.DrawFn) -> tuple[list[Entry], Window]:
     return entries, Window(draw(st.integers(0, 2 * total)), draw(st.integers(0, len(entries) - 1)))
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(histories(), limits, st.booleans(), st.booleans())
 def test_every_candidate_is_within_the_limits(entries: list[Entry], limit: Window, is_whole: bool, moves: bool) -> None:
     by_seq = {entry.seq: entry for entry in entries}
@@ -55,7 +55,7 @@ def test_every_candidate_is_within_the_limits(entries: list[Entry], limit: Windo
         assert start == (seqs[0] if seqs and not (is_whole and len(seqs) == len(entries)) else start)
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(histories(), st.integers(0, 100), st.none() | st.integers(0, 10), st.booleans(), st.integers(1, 100))
 def test_while_all_of_it_fits_the_start_does_not_move(
     entries: list[Entry], tokens_left: int, messages_left: int | None, moves: bool, start_seq: int
@@ -66,7 +66,7 @@ def test_while_all_of_it_fits_the_start_does_not_move(
     assert first == (start_seq, [entry.seq for entry in entries])
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(exceeded())
 def test_a_move_goes_to_the_earliest_own_message_within_the_step(drawn: tuple[list[Entry], Window]) -> None:
     entries, limit = drawn
@@ -83,7 +83,7 @@ def test_a_move_goes_to_the_earliest_own_message_within_the_step(drawn: tuple[li
     assert first == (entries[within[0]].seq, [entry.seq for entry in entries[within[0] :]])
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(exceeded())
 def test_reading_takes_as_much_as_fits_from_an_own_message(drawn: tuple[list[Entry], Window]) -> None:
     entries, limit = drawn

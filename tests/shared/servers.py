@@ -25,8 +25,11 @@ def answer(status: int, body: bytes, content_type: str = "application/json", **h
 
 
 @asynccontextmanager
-async def serving(said: bytes, *, port: int = 0) -> AsyncIterator[Heard]:
-    """A server that reads a request, says this, and hangs up; with nothing to say it only hangs up."""
+async def serving(*said: bytes, port: int = 0) -> AsyncIterator[Heard]:
+    """A server that reads a request, says this, and hangs up; with nothing to say it only hangs up.
+
+    Of several answers each is given once, and the last one from then on.
+    """
     heard = Heard()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -36,7 +39,7 @@ async def serving(said: bytes, *, port: int = 0) -> AsyncIterator[Heard]:
             for line in head.lower().split("\r\n"):
                 if line.startswith("content-length: "):
                     await reader.readexactly(int(line.split(": ")[1]))
-            writer.write(said)
+            writer.write(said[min(len(heard.requests), len(said)) - 1])
             await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             pass

@@ -58,7 +58,7 @@ async def database(url: str) -> AsyncIterator[Database]:
     connection = await asyncpg.connect(url)
     await connection.execute(CREATE)
     await connection.close()
-    opened = Database(url, schema="odd_name", pool_size=8, timeout_seconds=2, connect_timeout_seconds=1)
+    opened = Database(url, schema="odd_name", pool_size=8, timeout_seconds=1.5, connect_timeout_seconds=0.5)
     await opened.open()
     yield opened
     await opened.close()
@@ -156,7 +156,7 @@ async def test_a_cancelled_transaction_leaves_nothing_and_gives_its_connection_b
         async def work(conn: Conn, entered: asyncio.Event = entered) -> None:
             await conn.row(ADD, id=number, more=Decimal(5))
             entered.set()
-            await conn.rows(SLEEP, seconds=1.0)
+            await conn.rows(SLEEP, seconds=0.5)
 
         task = asyncio.create_task(database.transact(work))
         await entered.wait()
@@ -218,7 +218,7 @@ async def test_a_statement_that_takes_too_long(database: Database) -> None:
 async def test_more_callers_than_connections_wait_their_turn_and_then_give_up(database: Database) -> None:
     quick = await asyncio.gather(*(database.rows(SLEEP, seconds=0.01) for _ in range(100)))
     assert len(quick) == 100
-    answers = await asyncio.gather(*(database.rows(SLEEP, seconds=1.5) for _ in range(16)), return_exceptions=True)
+    answers = await asyncio.gather(*(database.rows(SLEEP, seconds=0.8) for _ in range(16)), return_exceptions=True)
     assert sum(isinstance(each, list) for each in answers) == 8
     assert sum(isinstance(each, DatabaseUnavailable) for each in answers) == 8
     size, idle, most = database.pool_use()
