@@ -75,7 +75,7 @@ class Lines:
             while True:
                 left = deadline - asyncio.get_running_loop().time()
                 if await is_gone():
-                    raise TurnInProgress(retry_after_seconds=1)
+                    raise line.busy or TurnInProgress(retry_after_seconds=1)
                 if line.waiting[0] is came:
                     came.clear()
                     try:

@@ -62,10 +62,10 @@ def choose(
         for place in _steps_after(entries, own):
             if limits.holds(entries[own].tokens + tokens_from[place], 1 + count - place, share):
                 yield seqs[own], [seqs[own], *seqs[place:]]
-    for place in range(count + 1):
-        if limits.holds(tokens_from[place], count - place):
-            yield (seqs[place] if place < count else start_seq), seqs[place:]
-            return
+    if not (moves and starts):  # without the user's own message a turn would answer something else
+        fitting = (place for place in range(count) if limits.holds(tokens_from[place], count - place))
+        place = next(fitting, count)
+        yield (seqs[place] if place < count else start_seq), seqs[place:]
 
 
 def _steps_after(entries: list[Entry], own: int) -> Iterator[int]:

@@ -167,12 +167,14 @@ async def test_connections_cut_under_the_calls(user: User, data_dir: Path) -> No
     chat = await user.chat()
     connection = await asyncpg.connect(embedded_postgres.url(data_dir))
     cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = 'session_service'"
+    cut_off = 0
     for _ in range(5):
-        assert await connection.fetchval(cut) > 0
+        cut_off += await connection.fetchval(cut)
         answers = await asyncio.gather(*(chat.post("x") for _ in range(10)))
         for answer in answers:
             if answer.status_code != 200:
                 refused(answer, 503, "database_unavailable")
+    assert cut_off > 0
     assert await until_it_works(chat) < 2
     await check_counters(connection, chat)
     await connection.close()

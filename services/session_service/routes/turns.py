@@ -66,11 +66,16 @@ async def open_turn(
     """Finds or makes the session, stores the new messages, opens the turn and rebuilds the context, at once."""
     check_ids(turn.create_session, user_id, session_id)
     max_tokens = state.settings.context_max_tokens
+
+    async def is_over() -> bool:
+        """Whether nobody waits any more: the client has gone, or this process is about to."""
+        return state.lifecycle.draining or await request.is_disconnected()
+
     opened = await state.lines.wait(
         (user_id, session_id),
         lambda: turns.open_turn(writer, user_id, session_id, turn, default_max_tokens=max_tokens, if_match=if_match),
         seconds=turn.wait_seconds,
-        is_gone=request.is_disconnected,
+        is_gone=is_over,
     )
     state.metrics.appends.inc(len(opened.messages))
     return answer(opened)
