@@ -149,15 +149,18 @@ class _Pairs:
     answered_here: set[str] = field(default_factory=set)
     serving_here: set[str] = field(default_factory=set)
 
-    def problem(self, block: Block, served_here: set[str]) -> str | None:
-        """Why the block cannot stand after what came before, or None; takes note of it then."""
+    def problem(self, block: Block, after: list[Block]) -> str | None:
+        """Why the block cannot stand after what came before, and before the rest of its message; or None.
+
+        Takes note of a block that can.
+        """
         kind = block["type"]
         if kind == "tool_use" or kind in _SERVER_CALLS:
             if block["id"] in self.called or block["id"] in self.called_here:
                 return "duplicate_tool_use"
             self.called_here.add(block["id"])
             if kind in _SERVER_CALLS:
-                if block["id"] not in served_here:
+                if not any(_serves(block["id"], each) for each in after):
                     return "unfinished_server_tool_use"
                 self.serving_here.add(block["id"])
         elif kind.endswith("_tool_result"):  # a server's tool answers in the message of its call
@@ -180,6 +183,11 @@ class _Pairs:
         self.called_here, self.answered_here, self.serving_here = set(), set(), set()
 
 
+def _serves(call_id: str, block: Block) -> bool:
+    """Whether the block is what a server's tool answered to this call; it stands in the message of the call."""
+    return str(block["type"]).endswith("_tool_result") and block.get("tool_use_id") == call_id
+
+
 def _with_calls_before_results(pieces: list[Piece], done: Repaired) -> list[Piece]:
     """What begins with the user's, has no call id twice, and no result without its call before it."""
     kept: list[Piece] = []
@@ -188,15 +196,9 @@ def _with_calls_before_results(pieces: list[Piece], done: Repaired) -> list[Piec
         if piece.role == "assistant" and not kept:
             done.leave_out(piece.seq, "before_first_user_message")
             continue
-        # A server's tool answers in the message of its call, by blocks of its own types.
-        served_here = {
-            block["tool_use_id"]
-            for block in piece.blocks
-            if block["type"] != "tool_result" and isinstance(block.get("tool_use_id"), str)
-        }
         blocks = []
-        for block in piece.blocks:
-            problem = pairs.problem(block, served_here)
+        for place, block in enumerate(piece.blocks):
+            problem = pairs.problem(block, piece.blocks[place + 1 :])
             if problem is None:
                 blocks.append(block)
             else:

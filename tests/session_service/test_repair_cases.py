@@ -195,3 +195,4 @@ def test_server_tools_stay_whole() -> None:
     repaired(("user", "q"), ("assistant", [use, {**found, "incomplete": True}]), ("user", "x"))
     repaired(("user", "q"), ("assistant", [use, text("cut")]), ("user", "x"))
     repaired(("user", "q"), ("assistant", [found, text("b")]), ("user", "x"))
+    repaired(("user", "q"), ("assistant", [found, use, text("b")]), ("user", "x"))

@@ -98,6 +98,20 @@ def test_any_history_of_well_formed_blocks_becomes_valid(pieces: list[Piece]) ->
         Piece(3, "user", [{"type": "tool_result", "tool_use_id": "c1", "content": [CUT_OFF]}]),
     ]
 )
+@example(
+    [
+        Piece(1, "user", "q"),
+        Piece(
+            2,
+            "assistant",
+            [
+                {"type": "web_search_tool_result", "tool_use_id": "c1", "content": []},
+                {"type": "server_tool_use", "id": "c1", "name": "web_search", "input": {}},
+            ],
+        ),
+        Piece(3, "user", "x"),
+    ]
+)
 def test_any_history_of_malformed_blocks_becomes_valid(pieces: list[Piece]) -> None:
     valid(pieces)
 
