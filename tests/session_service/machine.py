@@ -4,10 +4,12 @@ Its one invariant: what is compared is seen from outside; the database is touche
 """
 
 import asyncio
+import copy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import httpx
+from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine
 
 from shared.canonical import message_hash
@@ -15,6 +17,18 @@ from tests.session_service.calls import Db, Json, fine, new_user_id, refused
 from tests.session_service.model import MILLION, Message, Refusal, Session, Turn
 
 STATUS_OF = {"validation_error": 400, None: 200}
+
+texts = st.builds(
+    Message,
+    seq=st.just(0),
+    role=st.sampled_from(["user", "user", "assistant"]),
+    content=st.sampled_from(["hello", "what is 2 + 2?", "你好，世界", "four", "x" * 400]),
+    tokens=st.sampled_from([0, 1, 7, 1000]),
+    cost_micro_usd=st.sampled_from([0, 1, 250_000]),
+)
+OUTCOMES = ["completed", "completed", "interrupted", "failed", "refused"]
+places = st.sampled_from([0.0, 0.0, 0.0, 0.3, 0.5, 0.7, 1.0, 1.0])
+ways = st.sampled_from(["error", "return", "restart", "resume"])
 
 
 @dataclass
@@ -44,6 +58,8 @@ class Compared(RuleBasedStateMachine):
         self.known: list[tuple[str, str, Message, Json]] = []
         """Messages stored under an id of their own: path, id, message, answer."""
         self.numbers = iter(range(10**6))
+        self.agreed = False
+        """Whether the last write's outcome was found to be the model's; not so when a step has failed."""
 
     # ── calling ──
 
@@ -53,6 +69,7 @@ class Compared(RuleBasedStateMachine):
         options: dict[str, Any] = {} if body is None else {"json": body}
         headers = {} if key is None else {"Idempotency-Key": key}
         params["user_id"] = self.user_id
+        self.agreed = self.agreed and method == "GET"
         return self.reach.http.request(method, path, params=params, headers=headers, **options)
 
     def get(self, path: str, **params: Any) -> Json:
@@ -109,6 +126,7 @@ class Compared(RuleBasedStateMachine):
             each.turn_id: each.status for each in session.turns
         }
         assert sum(each["status"] == "open" for each in turns) <= 1
+        self.agreed = True
 
     def check_view(self, session: Session) -> None:
         """The context, and lining up with what is visible."""
@@ -126,7 +144,20 @@ class Compared(RuleBasedStateMachine):
     def open_turns(self) -> list[tuple[Session, Turn]]:
         return [(session, turn) for session, turn in self.turns() if turn.status == "open"]
 
+    def expire(self, session: Session, turn: Turn) -> None:
+        """As if the lease's time were over."""
+        for table in ("sessions", "session_turns"):
+            self.reach.sql(
+                f"UPDATE dev.{table} SET lease_expires_at = now() - interval '1 second'"
+                " WHERE user_id = $1 AND session_id = $2 AND lease_expires_at > now()",
+                self.user_id,
+                session.session_id,
+            )
+        turn.lease_is_over = True
+
     def teardown(self) -> None:
+        if not self.agreed:
+            return
         shown = [each for session in self.sessions for each in session.visible]
         totals = (
             len(self.sessions),
@@ -151,3 +182,14 @@ def _as_model(each: Json) -> Message:
         cost_micro_usd=round(each["cost_usd"] * MILLION),
         superseded=each["superseded_at"] is not None,
     )
+
+
+def priced(messages: list[Message], usage: Json | None, cost_micro_usd: int | None) -> list[Message]:
+    """An answer's messages: its last assistant message gets the call's figures where it has none of its own."""
+    new = copy.deepcopy(messages)
+    last = next((each for each in reversed(new) if each.role == "assistant"), None)
+    if last is not None:
+        spent = sum((usage or {}).get(name, 0) for name in ("input_tokens", "output_tokens"))
+        last.tokens = last.tokens or spent
+        last.cost_micro_usd = last.cost_micro_usd or cost_micro_usd or 0
+    return new

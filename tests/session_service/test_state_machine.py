@@ -13,20 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 
 from tests.processes import ServiceProcess
-from tests.session_service.calls import Json, fine
-from tests.session_service.machine import Compared, Reach
+from tests.session_service.calls import Db, Json, User, check_counters, fine, refused, said, wait
+from tests.session_service.machine import OUTCOMES, Compared, Reach, places, priced, texts, ways
 from tests.session_service.model import MILLION, Message, Refusal, Session, Turn
-
-texts = st.builds(
-    Message,
-    seq=st.just(0),
-    role=st.sampled_from(["user", "user", "assistant"]),
-    content=st.sampled_from(["hello", "what is 2 + 2?", "你好，世界", "four", "x" * 400]),
-    tokens=st.sampled_from([0, 1, 7, 1000]),
-    cost_micro_usd=st.sampled_from([0, 1, 250_000]),
-)
-places = st.sampled_from([0.0, 0.0, 0.0, 0.3, 0.5, 0.7, 1.0, 1.0])
-ways = st.sampled_from(["error", "return", "restart", "resume"])
 
 
 class Sessions(Compared):
@@ -63,18 +52,20 @@ class Sessions(Compared):
             session.version = 0
         self.check(session, moved=None if refusal is None else False)
 
-    @rule(place=places)
-    def end(self, place: float) -> None:
+    @rule(place=places, sure=st.integers(0, 2))
+    def end(self, place: float, sure: int) -> None:
         session = self.some(place)
+        if sure:
+            return  # seldom: most can be done with an active one
         was = session.status
         refusal = session.end()
         self.told(self.call("DELETE", f"/sessions/{session.session_id}"), refusal)
         self.check(session, moved=session.status != was)
 
-    @rule(place=places, status=st.sampled_from(["completed", "archived", "active"]), sure=st.integers(0, 5))
+    @rule(place=places, status=st.sampled_from(["completed", "archived", "active"]), sure=st.integers(0, 9))
     def put_status(self, place: float, status: str, sure: int) -> None:
         session = self.some(place)
-        if sure and status != "active":
+        if sure and session.status == "active":
             return  # seldom: nothing leads back
         was = session.status
         refusal = session.put_status(status)
@@ -139,6 +130,45 @@ class Sessions(Compared):
 
     # ── turns ──
 
+    @rule(place=places, message=texts)
+    def ask(self, place: float, message: Message) -> None:
+        active = [session for session in self.sessions if session.status == "active"]
+        self.open(active[0] if active else self.some(place), [message], None, None)
+
+    @rule(place=places, message=texts, status=st.sampled_from(OUTCOMES))
+    @precondition(lambda self: self.open_turns())
+    def answer(self, place: float, message: Message, status: str) -> None:
+        session, turn = self.open_turns()[0]
+        self.finish(
+            session, turn, {"lease_token": turn.lease_token, "status": status, "messages": [message.body()]}, [message]
+        )
+
+    @rule(
+        message=texts,
+        way=st.sampled_from(["opened", "revived", "rewound", "appended"]),
+        status=st.sampled_from(OUTCOMES),
+    )
+    @precondition(lambda self: self.open_turns())
+    def answer_late(self, message: Message, way: str, status: str) -> None:
+        """The lease runs out, something else happens, then the answer comes after all."""
+        session, turn = self.open_turns()[0]
+        self.expire(session, turn)
+        if way == "opened":
+            session = self.open(session, [message], None, None) or session
+        elif way == "revived":
+            self.told(self.call("DELETE", f"/sessions/{session.session_id}"), session.end())
+            self.create("restart" if message.tokens else "resume", session)
+        elif way == "rewound":
+            refusal = session.rewind(session.last_seq // 2)
+            body = {"to_seq": session.last_seq // 2}
+            self.told(self.call("POST", f"/sessions/{session.session_id}/rewind", body), refusal)
+        elif session.why_not_written() is None:
+            self.told(self.call("POST", f"/sessions/{session.session_id}/messages", message.body()), None)
+            session.append([message])
+        turn = next(each for each in session.turns if each.turn_id == turn.turn_id)
+        done = {"lease_token": turn.lease_token, "status": status, "messages": [message.body()]}
+        self.finish(session, turn, done, [message])
+
     @rule(
         place=places,
         messages=st.lists(texts, max_size=3),
@@ -147,8 +177,13 @@ class Sessions(Compared):
     )
     def open_turn(self, place: float, messages: list[Message], back: float | None, if_exists: str | None) -> None:
         session = self.some(place)
+        self.open(session, messages, None if back is None else self.seq_in(session, back), if_exists)
+
+    def open(
+        self, session: Session, messages: list[Message], rewind_to_seq: int | None, if_exists: str | None
+    ) -> Session | None:
+        """The session as it is with the turn opened, or None where it is refused."""
         tried = copy.deepcopy(session)
-        rewind_to_seq = None if back is None else self.seq_in(session, back)
         refusal = tried.may_open(messages, rewind_to_seq, if_exists)
         body: Json = {"messages": [each.body() for each in messages], "rewind_to_seq": rewind_to_seq}
         if if_exists is not None:
@@ -158,7 +193,7 @@ class Sessions(Compared):
             if refusal == "turn_in_progress":
                 assert answer["turn_id"] == next(each.turn_id for each in session.turns if each.status == "open")
             self.check(session, moved=False)
-            return
+            return None
         self.sessions[self.sessions.index(session)] = tried
         seqs = tried.append(messages)
         assert [each["seq"] for each in answer["messages"]] == seqs
@@ -167,11 +202,12 @@ class Sessions(Compared):
         tried.holder = turn
         self.check(tried, moved=True)
         self.check_view(tried)
+        return tried
 
     @rule(
         place=places,
         messages=st.lists(texts, max_size=2),
-        status=st.sampled_from(["completed", "completed", "interrupted", "failed", "refused"]),
+        status=st.sampled_from(OUTCOMES),
         usage=st.sampled_from([None, {"output_tokens": 5}, {"input_tokens": 40, "output_tokens": 2, "other": 9}]),
         cost_micro_usd=st.sampled_from([None, 0, 123_456]),
         of=st.sampled_from(["open", "open", "expired", "any"]),
@@ -191,7 +227,7 @@ class Sessions(Compared):
         session, turn = found[int(place * (len(found) - 1) + 0.5)]
         cost = None if cost_micro_usd is None else cost_micro_usd / MILLION
         body = {"lease_token": turn.lease_token, "status": status, "messages": [each.body() for each in messages]}
-        self.finish(session, turn, body | {"usage": usage, "cost_usd": cost}, _priced(messages, usage, cost_micro_usd))
+        self.finish(session, turn, body | {"usage": usage, "cost_usd": cost}, priced(messages, usage, cost_micro_usd))
 
     @rule(place=places)
     @precondition(lambda self: any(turn.completion for _, turn in self.turns()))
@@ -227,14 +263,7 @@ class Sessions(Compared):
     @precondition(lambda self: self.open_turns())
     def let_the_lease_run_out(self, place: float) -> None:
         session, turn = self.open_turns()[int(place * (len(self.open_turns()) - 1) + 0.5)]
-        for table in ("sessions", "session_turns"):
-            self.reach.sql(
-                f"UPDATE dev.{table} SET lease_expires_at = now() - interval '1 second'"
-                " WHERE user_id = $1 AND session_id = $2 AND lease_expires_at > now()",
-                self.user_id,
-                session.session_id,
-            )
-        turn.lease_is_over = True
+        self.expire(session, turn)
         self.check(session, moved=False)
 
     # ── again ──
@@ -261,17 +290,6 @@ class Sessions(Compared):
             self.check(session, moved=False)
 
 
-def _priced(messages: list[Message], usage: Json | None, cost_micro_usd: int | None) -> list[Message]:
-    """An answer's messages: its last assistant message gets the call's figures where it has none of its own."""
-    new = copy.deepcopy(messages)
-    last = next((each for each in reversed(new) if each.role == "assistant"), None)
-    if last is not None:
-        spent = sum((usage or {}).get(name, 0) for name in ("input_tokens", "output_tokens"))
-        last.tokens = last.tokens or spent
-        last.cost_micro_usd = last.cost_micro_usd or cost_micro_usd or 0
-    return new
-
-
 @pytest.fixture
 def reach(session_service: ServiceProcess, database_url: str) -> Iterator[Reach]:
     with (
@@ -288,7 +306,7 @@ def test_random_histories(reach: Reach) -> None:
     run_state_machine_as_test(
         Sessions,
         settings=settings(
-            max_examples=30,
+            max_examples=20,
             stateful_step_count=30,
             deadline=None,
             database=None,
@@ -307,3 +325,28 @@ def test_random_histories(reach: Reach) -> None:
     sums = "SELECT user_id, sessions, active, messages, tokens, cost FROM dev.session_totals WHERE user_id = ANY($1)"
     found = {row[0]: (*row[1:5], float(row[5])) for row in map(tuple, reach.sql(sums, users))}
     assert found == reach.expected
+
+
+# ── histories that chance seldom hits upon ──────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("if_exists", ["resume", "restart"])
+async def test_an_answer_to_an_earlier_generation(user: User, db: Db, if_exists: str) -> None:
+    chat = await user.chat()
+    turn = await chat.open(said("q"))
+    await wait(db, chat, 601)
+    fine(await chat.end())
+    await user.create(session_id=chat.id, if_exists=if_exists)
+    before = await check_counters(db, chat)
+    refused(await turn.finish(said("late", "assistant")), 409, "lease_lost")
+    assert await check_counters(db, chat) == before
+
+
+async def test_a_late_refusal_takes_back_its_own_question_only(user: User, db: Db) -> None:
+    chat = await user.chat()
+    turn = await chat.open(said("bad"), said("question"))
+    await wait(db, chat, 601)
+    await chat.append("meanwhile")
+    await turn.complete(status="refused")
+    assert await chat.contents() == ["meanwhile"]
+    await check_counters(db, chat)
