@@ -1,7 +1,8 @@
 """python -m benchmarks.appends: does indexing for search, beside the request path, slow appends?
 
 Two session_services on databases of their own, one that indexes and one that does not, are loaded in turn by the same
-clients. Prints the rate of each round and the ratio of the medians.
+clients. Prints the rate of each round and the ratio of the medians: there every processor is busy, and what indexing
+takes is missing elsewhere. Then how long appends take at half of that rate, from the moment each was due.
 """
 
 import argparse
@@ -41,6 +42,25 @@ async def _round(client: httpx.AsyncClient, base: str, seconds: float) -> float:
     return done / seconds
 
 
+async def _paced(client: httpx.AsyncClient, base: str, rate: float, seconds: float) -> list[float]:
+    """How long each append took in ms, of so many a second, whether or not the ones before have been answered."""
+    user_id = f"user-{uuid.uuid4().hex}"
+    for number in range(CONNECTIONS):
+        body = {"user_id": user_id, "session_id": f"s{number}"}
+        (await client.post(f"{base}/sessions", json=body)).raise_for_status()
+    started = time.monotonic()
+
+    async def append(number: int) -> float:
+        due = started + number / rate
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+        body = {"role": "user", "content": TEXT, "tokens_used": 5}
+        url = f"{base}/sessions/s{number % CONNECTIONS}/messages"
+        (await client.post(url, params={"user_id": user_id}, json=body)).raise_for_status()
+        return (time.monotonic() - due) * 1000
+
+    return await asyncio.gather(*(append(number) for number in range(int(rate * seconds))))
+
+
 async def _compare(with_index: str, without: str, rounds: int, seconds: float) -> None:
     rates: dict[str, list[float]] = {"indexing": [], "not indexing": []}
     async with http_client(read_seconds=30, connect_seconds=5) as client:
@@ -49,9 +69,17 @@ async def _compare(with_index: str, without: str, rounds: int, seconds: float) -
                 rates[name].append(await _round(client, f"{base}/api/v1", seconds))
             told = ", ".join(f"{name} {found[-1]:.0f}/s" for name, found in rates.items())
             print(f"round {number + 1}: {told}")
+        rate = min(map(statistics.median, rates.values())) / 2
+        paced: dict[str, list[float]] = {"indexing": [], "not indexing": []}
+        for _ in range(rounds):
+            for name, base in (("indexing", with_index), ("not indexing", without)):
+                paced[name] += await _paced(client, f"{base}/api/v1", rate, seconds)
     medians = {name: statistics.median(found) for name, found in rates.items()}
     ratio = medians["indexing"] / medians["not indexing"]
     print(f"medians: {medians['indexing']:.0f}/s and {medians['not indexing']:.0f}/s, ratio {ratio:.2f}")
+    for name, found in paced.items():
+        cuts = statistics.quantiles(found, n=100)
+        print(f"at {rate:.0f}/s, {name}: p50 {cuts[49]:.1f} ms, p95 {cuts[94]:.1f} ms, p99 {cuts[98]:.1f} ms")
 
 
 def main() -> None:

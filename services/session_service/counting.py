@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import groupby
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -55,18 +56,20 @@ class Usage:
 
         In the order of time a session is new to a bucket exactly when its message before was in an earlier one.
         """
-        for row in rows:
-            moment: datetime = row["created_at"]
+        for hour, found in groupby(rows, key=lambda row: start_of("hour", row["created_at"])):
+            together = list(found)
+            tokens = sum(row["tokens_used"] for row in together)
+            cost = sum((row["cost_usd"] for row in together), Decimal(0))
             for bucket in BUCKETS:
-                start = start_of(bucket, moment)
+                start = start_of(bucket, hour)
                 is_new = counted_to is None or start_of(bucket, counted_to) < start
                 for scope in (user_id, ALL):
                     entry = self.sums.setdefault((scope, bucket, start), _Sum())
-                    entry.messages += 1
-                    entry.tokens += row["tokens_used"]
-                    entry.cost += row["cost_usd"]
+                    entry.messages += len(together)
+                    entry.tokens += tokens
+                    entry.cost += cost
                     entry.active_sessions += is_new
-            counted_to = moment
+            counted_to = hour
 
     async def store(self, conn: Conn) -> None:
         if not self.sums:

@@ -5,7 +5,7 @@ Its one invariant: putting a text in again changes nothing.
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import ARRAY, and_, bindparam, func, select
@@ -23,6 +23,8 @@ _ARRAYS: dict[str, sa.types.TypeEngine[Any]] = {
     "words": sa.Text(),
     "is_long": sa.Boolean(),
 }
+_SHORT_CHARACTERS: Final = 2_000
+
 _new = (
     func.unnest(*(bindparam(f"{name}_array", type_=ARRAY(kind)) for name, kind in _ARRAYS.items()))
     .table_valued(*_ARRAYS, name="new")
@@ -56,17 +58,18 @@ async def put(conn: Conn, texts: Sequence[Text]) -> None:
     """Puts the texts in, in place of what stood for the same."""
     if not texts:
         return
-    # In a thread: splitting long texts must not hold up requests.
-    rows = await asyncio.to_thread(_rows, texts)
+    rows = [await _row(each) for each in texts]
     columns = zip(*rows, strict=True)
     await conn.rows(PUT, **{f"{name}_array": list(values) for name, values in zip(_ARRAYS, columns, strict=True)})
 
 
-def _rows(texts: Sequence[Text]) -> list[tuple[Any, ...]]:
-    rows = []
-    for each in texts:
-        vector, is_long = words.vector(each.user_id, each.text)
-        # A title's few words all have places; only their repeats may have lost theirs.
-        is_title = each.seq == 0 and not each.memory_id
-        rows.append((*each[:-1], vector, is_long and not is_title))
-    return rows
+async def _row(text: Text) -> tuple[Any, ...]:
+    """Splitting texts must not hold up requests: a short one is a request's work, a long one is for a thread."""
+    if len(text.text) <= _SHORT_CHARACTERS:
+        await asyncio.sleep(0)
+        vector, is_long = words.vector(text.user_id, text.text)
+    else:
+        vector, is_long = await asyncio.to_thread(words.vector, text.user_id, text.text)
+    # A title's few words all have places; only their repeats may have lost theirs.
+    is_title = text.seq == 0 and not text.memory_id
+    return (*text[:-1], vector, is_long and not is_title)

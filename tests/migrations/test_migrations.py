@@ -213,7 +213,6 @@ async def test_two_schemas_side_by_side(empty_database: str, scratch: Path) -> N
     migrate(url, "downgrade", "base", schema="one")
     assert await tables_of(db, "one") == ["alembic_version"]
     assert await db.fetchval("SELECT count(*) FROM two.session_messages") == 3
-    assert "No new upgrade operations detected" in migrate(url, "check", schema="two").stdout
     await db.close()
 
 

@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from shared.http_client import http_client
 from tests.processes import free_port, start_session_service
 from tests.session_service.calls import Db, Turn, User, fine, new_user_id, refused, said
 from tests.session_service.creations import GROWS, KINDS, Request, a_chat, answered, grown, owner, rows
@@ -20,9 +21,11 @@ from tests.session_service.creations import GROWS, KINDS, Request, a_chat, answe
 WAIT_SECONDS = 5.0
 
 
-def client_at(url: str) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    return httpx.AsyncClient(base_url=f"{url}/api/v1", timeout=30, trust_env=False, limits=limits)
+@asynccontextmanager
+async def client_at(url: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with http_client(read_seconds=30, connect_seconds=30) as client:
+        client.base_url = httpx.URL(f"{url}/api/v1/")
+        yield client
 
 
 @dataclass(frozen=True)

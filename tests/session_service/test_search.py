@@ -360,6 +360,7 @@ async def test_a_walk_by_cursor_meets_each_session_once(user: User, db: Db) -> N
         async for page in pages(user, "walk", limit):
             assert 1 <= len(page) <= limit
             met += page
+            assert len(met) <= len(whole), "the walk goes in circles"
         assert met == whole
 
 
