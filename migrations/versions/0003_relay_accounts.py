@@ -37,7 +37,7 @@ def upgrade() -> None:
         sa.Column("secrets", sa.LargeBinary(), nullable=True),
         sa.Column("secrets_key_id", sa.Text(), nullable=True),
         sa.Column("proxy_shown", sa.Text(), nullable=True),
-        sa.Column("models", postgresql.JSON(astext_type=sa.Text()), server_default=sa.text("'[]'"), nullable=False),
+        sa.Column("models", postgresql.JSONB(astext_type=sa.Text()), server_default=sa.text("'[]'"), nullable=False),
         sa.Column("priority", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("weight", sa.Float(), server_default=sa.text("1"), nullable=False),
         sa.Column("max_concurrency", sa.Integer(), nullable=True),

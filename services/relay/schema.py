@@ -21,7 +21,7 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSON, JSONB, TIMESTAMP
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 
 metadata = MetaData(naming_convention={"ix": "%(table_name)s_%(column_0_N_name)s_idx", "pk": "%(table_name)s_pkey"})
 
@@ -59,7 +59,7 @@ relay_accounts = Table(
     # The proxy's URL without its password.
     Column("proxy_shown", Text),
     # A list of names, or an object from the client's name to the upstream's; empty: all models.
-    Column("models", JSON, nullable=False, server_default=text("'[]'")),
+    Column("models", JSONB, nullable=False, server_default=text("'[]'")),
     Column("priority", Integer, nullable=False, server_default=text("0")),
     Column("weight", Float, nullable=False, server_default=text("1")),
     Column("max_concurrency", Integer),
