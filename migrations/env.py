@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from alembic import context
 from alembic.util import CommandError
 from sqlalchemy import Connection
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from services.relay.schema import metadata as relay_metadata
@@ -23,6 +23,7 @@ from shared.settings import SharedSettings
 # Any number that nothing else in the database uses as a lock; this one spells "sess".
 _LOCK = 0x73657373
 _LOCK_TIMEOUT = "5s"
+_POLL_SECONDS = 0.2
 
 settings = read_settings(SharedSettings, "migrations")
 schema = settings.db_schema
@@ -47,6 +48,18 @@ def _migrate(connection: Connection) -> None:
         context.run_migrations()
 
 
+async def _wait_for_others(guard: AsyncConnection) -> None:
+    """Holds the lock until the transaction of `guard` ends.
+
+    Neither waiting for it nor holding it may keep a snapshot: CREATE INDEX CONCURRENTLY waits for all there are.
+    """
+    while not await guard.scalar(sa.text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _LOCK}):
+        await guard.rollback()
+        await asyncio.sleep(_POLL_SECONDS)
+    # Besides what it says: a statement's snapshot stays until the next statement, and this one has none.
+    await guard.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+
+
 async def _main() -> None:
     url = settings.database_url.get_secret_value() or embedded_postgres.start(settings.local_state / "postgres")
     # asyncpg reads the URL itself, as it does in the services.
@@ -56,7 +69,7 @@ async def _main() -> None:
     try:
         # The lock has a connection of its own: it must hold across the migrations' transactions.
         async with engine.connect() as guard, engine.connect() as connection:
-            await guard.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+            await _wait_for_others(guard)
             await connection.run_sync(_migrate)
     except (OSError, TimeoutError, asyncpg.PostgresError) as error:
         raise CommandError(f"Postgres cannot be used: {str(error) or type(error).__name__}") from None

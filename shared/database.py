@@ -148,6 +148,11 @@ class Database(Conn):
         self._pool: asyncpg.Pool[Row] | None = None
 
     @property
+    def url(self) -> str:
+        """Where it is, password included."""
+        return self._url
+
+    @property
     def schema(self) -> str:
         return self._schema
 

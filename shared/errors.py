@@ -16,6 +16,7 @@
     │   ├── SessionArchived             session_archived
     │   ├── InvalidTransition           invalid_transition
     │   ├── MessageExists               message_exists
+    │   ├── TurnExists                  turn_exists
     │   ├── TurnInProgress              turn_in_progress   (turn_id, Retry-After)
     │   ├── TurnClosed                  turn_closed
     │   ├── LeaseLost                   lease_lost
@@ -158,6 +159,11 @@ class InvalidTransition(Conflict):
 class MessageExists(Conflict):
     code = "message_exists"
     default_detail = "Another message has this message_id"
+
+
+class TurnExists(Conflict):
+    code = "turn_exists"
+    default_detail = "Another turn of this session has this turn_id"
 
 
 class TurnInProgress(Conflict):

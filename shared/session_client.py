@@ -77,9 +77,17 @@ class SessionClient:
     async def end_session(self, key: SessionKey) -> None:
         await self._call(wire.Notice, "DELETE", key.path, key, repeatable=True)
 
+    async def fork_session(self, key: SessionKey, wanted: wire.Fork) -> wire.Session:
+        """A new session with the visible messages up to `wanted.at_seq`."""
+        return await self._call(wire.Session, "POST", f"{key.path}/fork", key, body=wanted)
+
     async def list_messages(self, key: SessionKey, **params: Any) -> wire.MessageList:
         """Parameters as in the HTTP call: page, page_size, after_seq, before_seq, limit, order …"""
         return await self._call(wire.MessageList, "GET", f"{key.path}/messages", key, params=params, repeatable=True)
+
+    async def get_stats(self) -> wire.Stats:
+        """Totals of all users, at most five seconds old."""
+        return await self._call(wire.Stats, "GET", "/api/v1/sessions/stats", repeatable=True)
 
     # ── turns ───────────────────────────────────────────────────────────────────────────────────
 
@@ -117,6 +125,14 @@ class SessionClient:
     async def complete_turn(self, key: SessionKey, turn_id: str, answer: wire.CompleteTurn) -> wire.TurnCompleted:
         path = f"{key.path}/turns/{turn_id}/complete"
         return await self._call(wire.TurnCompleted, "POST", path, key, body=answer, repeatable=True)
+
+    async def get_turn(self, key: SessionKey, turn_id: str) -> wire.Turn:
+        return await self._call(wire.Turn, "GET", f"{key.path}/turns/{turn_id}", key, repeatable=True)
+
+    async def find_turn(self, user_id: str, turn_id: str) -> wire.Turn:
+        """The user's turn of this id, whatever its session. Raises TurnNotFound."""
+        path = f"/api/v1/turns/{quote(turn_id, safe='')}"
+        return await self._call(wire.Turn, "GET", path, params={"user_id": user_id}, repeatable=True)
 
     # ── one call ────────────────────────────────────────────────────────────────────────────────
 

@@ -5,7 +5,7 @@ values.py.
 """
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
@@ -105,8 +105,14 @@ def _turn_messages(value: list[NewMessage], info: ValidationInfo) -> list[NewMes
 TurnMessages = Annotated[list[NewMessage], AfterValidator(_turn_messages)]
 
 
+_UUID: Final = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
+
+
 class OpenTurn(Input):
+    """`turn_id`: a UUID that the caller has made, so that it knows the turn before it is opened."""
+
     messages: TurnMessages = []
+    turn_id: Annotated[str, Field(pattern=_UUID)] | None = None
     rewind_to_seq: Seq | None = None
     create_session: CreateSessionInTurn | None = None
     context: ContextOptions | None = None

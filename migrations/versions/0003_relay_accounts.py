@@ -69,7 +69,6 @@ def upgrade() -> None:
         sa.Column("lease_expires_at", postgresql.TIMESTAMP(timezone=True), nullable=False),
         sa.Column("session_id", sa.Text(collation="C"), nullable=True),
         sa.Column("turn_id", sa.Text(collation="C"), nullable=True),
-        sa.Column("input_from_seq", sa.Integer(), nullable=True),
         sa.Column("headers", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
         sa.Column("answer", sa.LargeBinary(), nullable=True),
         sa.Column("created_at", postgresql.TIMESTAMP(timezone=True), nullable=False),

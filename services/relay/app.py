@@ -3,23 +3,37 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
+from uuid_utils import uuid7
 
-from services.relay import accounts, development, keys
+from services.relay import account_use, development, first_accounts, keys, slots, upkeep
+from services.relay.account_use import AccountUse
+from services.relay.admission import Admission
+from services.relay.affinity import Affinity
+from services.relay.attempts import Asking
+from services.relay.changes import Changes
+from services.relay.idempotency import Idempotency
 from services.relay.metrics import Metrics
+from services.relay.models import Models
 from services.relay.parts import Parts
-from services.relay.routes import claude, health, sessions
+from services.relay.pool import Pool
+from services.relay.routes import accounts, claude, health, sessions, turns
 from services.relay.routes.rendering import on_service_error, render
+from services.relay.sealing import Sealer
+from services.relay.session_limit import SessionLimit
 from services.relay.settings import RelaySettings
+from services.relay.slots import Slots
 from services.relay.spool import Spool
 from services.relay.state import State
 from services.relay.turns import Turns
-from services.relay.upstream.anthropic import create_client
+from services.relay.upkeep import Chore
+from services.relay.ways import Ways
 from shared import __version__
 from shared.database import Database
 from shared.description import describe
@@ -33,6 +47,9 @@ from shared.strict_route import validation_failed
 log = structlog.get_logger(__name__)
 
 _RETRY_SECONDS = 1.0
+_USE_SECONDS = 1.0
+_OLD_SECONDS = 60.0
+_SETTLE_SECONDS = 2.0
 _SESSION_SERVICE = "session_service"
 
 
@@ -49,8 +66,30 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
     )
     spool = Spool(settings.local_state / "spool", client, timeout_seconds=settings.relay_complete_timeout_seconds)
     spool.load()
-    upstream_client = create_client()
-    known = accounts.from_settings(settings, upstream_client)
+    relay_id = str(uuid7())
+    sealer = Sealer(secrets.encryption_keys)
+    ways = Ways(settings, sealer)
+    held = Slots(database, relay_id)
+    pool = Pool(database, held, ways.connect)
+    asking = Asking(pool, settings, metrics)
+    affinity = Affinity(database)
+    use = AccountUse(database, pool, relay_id)
+    records = Idempotency(database)
+    limit = SessionLimit(client, max_sessions=settings.relay_max_sessions)
+    admission = Admission(
+        max_in_flight=settings.relay_max_in_flight,
+        max_queued=settings.relay_max_queued,
+        queue_seconds=settings.relay_queue_seconds,
+        requests_per_second=settings.relay_requests_per_second,
+    )
+    chores = [
+        Chore("account_use", _USE_SECONDS, use.tell),
+        Chore("slots", slots.RENEW_SECONDS, held.renew),
+        Chore("affinities", _USE_SECONDS, affinity.save),
+        Chore("old_affinities", _OLD_SECONDS, affinity.forget),
+        Chore("idempotency", _OLD_SECONDS, records.sweep),
+        Chore("gone_relays", _OLD_SECONDS, partial(account_use.keep_gone, database)),
+    ]
     state = State(
         settings=settings,
         secrets=secrets,
@@ -60,14 +99,24 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
         instances=instances,
         sessions=client,
         keys=keys.Keys(database, secrets.pepper),
-        accounts=known,
+        asking=asking,
+        sealer=sealer,
+        ways=ways,
+        account_use=use,
+        models=Models(pool),
         spool=spool,
-        turns=Turns(Parts(settings, client, known, spool, metrics)),
+        admission=admission,
+        session_limit=limit,
+        turns=Turns(Parts(settings, client, asking, affinity, spool, metrics, admission, limit, records)),
     )
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        beside = [asyncio.create_task(_open(state)), asyncio.create_task(spool.keep_delivering())]
+        beside = [
+            asyncio.create_task(_open(state, chores)),
+            asyncio.create_task(spool.keep_delivering()),
+            asyncio.create_task(limit.keep_counting()),
+        ]
         if settings.consul_host:
             beside.append(asyncio.create_task(_watch(state)))
         try:
@@ -78,8 +127,12 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
+            await pool.stop(_SETTLE_SECONDS)
+            with suppress(Unavailable):
+                await use.tell()
+                await affinity.save()
             await client.close()
-            await upstream_client.aclose()
+            await ways.close()
             await database.close()
 
     app = FastAPI(
@@ -89,7 +142,8 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
         lifespan=lifespan,
     )
     app.state.relay = state
-    for routes in (claude, sessions, health):
+    app.state.limits = None
+    for routes in (claude, accounts, sessions, turns, health):
         app.include_router(routes.router)
     describe(app)
     app.add_exception_handler(ServiceError, on_service_error)
@@ -100,22 +154,30 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
     return Door(app, rules=rules, duration=metrics.duration, render=render)
 
 
-async def _open(state: State) -> None:
-    """Makes the app ready once Postgres answers and the tables are there; until then requests are sent away."""
+async def _open(state: State, chores: list[Chore]) -> None:
+    """Makes the app ready once Postgres answers and the tables are there; until then requests are sent away.
+
+    After that it keeps the tables and what is known of them together, for ever.
+    """
     while not state.is_ready:
         try:
             if not state.database.is_open:
                 await state.database.open()
-            if await keys.table_exists(state.database, state.database.schema):
+            if await first_accounts.tables_exist(state.database, state.database.schema):
                 if state.secrets.api_key is not None:
                     await state.keys.add(state.secrets.api_key, user_id=development.USER_ID, name="development")
+                await first_accounts.make(state.database, state.settings, state.sealer)
+                await state.pool.refresh()
                 state.is_ready = True
                 log.info("ready", schema=state.database.schema)
-                return
+                break
             log.warning("schema_missing", schema=state.database.schema, hint="run the migrations")
         except Unavailable:
             log.warning("database_unreachable")
         await asyncio.sleep(_RETRY_SECONDS)
+    url = state.settings.listen_database_url.get_secret_value() or state.database.url
+    changes = Changes(url, state.database.schema, state.pool.refresh)
+    await asyncio.gather(changes.run(), upkeep.keep(chores))
 
 
 async def _watch(state: State) -> None:

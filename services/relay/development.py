@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from services.relay import sealing
 from services.relay.keys import KEY_PREFIX
 from services.relay.settings import RelaySettings
 
@@ -24,6 +25,7 @@ class Secrets:
 
     pepper: str
     admin_token: str
+    encryption_keys: tuple[str, ...]
     api_key: str | None
 
 
@@ -31,13 +33,15 @@ def secrets_of(settings: RelaySettings) -> Secrets:
     """The secrets from the settings; in development those that are missing from files. Raises OSError."""
     pepper = settings.relay_key_pepper.get_secret_value()
     admin_token = settings.relay_admin_token.get_secret_value()
+    encryption_keys = tuple(key.get_secret_value() for key in settings.relay_encryption_keys)
     if not settings.is_development:
-        return Secrets(pepper, admin_token, None)
+        return Secrets(pepper, admin_token, encryption_keys, None)
     folder = settings.local_state
     folder.mkdir(parents=True, exist_ok=True)
     return Secrets(
         pepper=pepper or kept(folder / "key.pepper", secrets.token_hex(32)),
         admin_token=admin_token or kept(folder / "admin.token", secrets.token_hex(32)),
+        encryption_keys=encryption_keys or (kept(folder / "encryption.key", sealing.new_key("dev")),),
         api_key=kept(folder / "api.key", KEY_PREFIX + secrets.token_hex(32)),
     )
 

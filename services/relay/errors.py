@@ -4,12 +4,16 @@
     └── RelayError
         ├── InvalidRequest 400          the client's request, naming the field
         ├── UnknownKey 401
+        ├── NotAdministrator 401        admin calls without the admin token
         ├── ModelNotServed 404          no account serves the model
+        ├── AccountNotFound 404
+        ├── AccountExists 409
         ├── HistoryConflict 409         X-Session-Conflict: reject
         ├── TooManyRequests 429         the relay itself is full
+        ├── TooManySessions 429         RELAY_MAX_SESSIONS are active
         ├── NoAccount 529               there is none to try
         ├── Interrupted 529             the relay gave the turn up: it stops, or the client does not read
-        └── UpstreamFailed              attempts are used up
+        └── UpstreamFailed              no account could serve it, or attempts are used up
             ├── UpstreamUnusable 500    the answer is over the limit
             ├── UpstreamTimedOut 504
             ├── UpstreamRateLimited 429
@@ -57,10 +61,31 @@ class UnknownKey(RelayError):
     default_detail = "Missing, unknown or expired API key (header x-api-key, or Authorization: Bearer)"
 
 
+class NotAdministrator(RelayError):
+    status = 401
+    code = "not_administrator"
+    default_detail = "Missing or wrong admin token (Authorization: Bearer)"
+
+    def headers(self) -> dict[str, str]:
+        return {"www-authenticate": "Bearer"}
+
+
 class ModelNotServed(RelayError):
     status = 404
     code = "model_not_served"
     default_detail = "No account serves this model"
+
+
+class AccountNotFound(RelayError):
+    status = 404
+    code = "account_not_found"
+    default_detail = "No account has this id"
+
+
+class AccountExists(RelayError):
+    status = 409
+    code = "account_exists"
+    default_detail = "id: another account has it"
 
 
 class HistoryConflict(RelayError):
@@ -73,6 +98,12 @@ class TooManyRequests(RelayError):
     status = 429
     code = "too_many_requests"
     default_detail = "The relay serves as many requests as it can; try again shortly"
+
+
+class TooManySessions(RelayError):
+    status = 429
+    code = "too_many_sessions"
+    default_detail = "As many sessions are active as there may be; close one, or come back later"
 
 
 class NoAccount(RelayError):
@@ -88,10 +119,12 @@ class Interrupted(RelayError):
 
 
 class UpstreamFailed(RelayError):
-    """The relay has used up its attempts, so trying again at once is of no use."""
+    """Once the relay has used up its attempts, a client's trying again at once is of no use."""
+
+    attempts_used = False
 
     def headers(self) -> dict[str, str]:
-        return super().headers() | {"x-should-retry": "false"}
+        return super().headers() | ({"x-should-retry": "false"} if self.attempts_used else {})
 
 
 class UpstreamUnusable(UpstreamFailed):

@@ -7,21 +7,26 @@ it, up to the message that asks. Clients send either only what is new or everyth
 - else what agrees with the stored beginning stays, what is stored beyond that is taken back (rewound), and the
   rest of the array is appended. That covers a history that goes on, an answer asked for again, an edited message.
   It happens only to the version of the session that was looked at.
+- where the array departs from what is stored, the caller may want a fork instead: the session stays as it is, and
+  the turn opens in a new one that begins with what agrees.
 
 Messages of the assistant at the array's end are a prefill: no message of their own, but the answer's beginning.
 """
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import structlog
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from uuid_utils import uuid7
 
 from services.relay.assembly import storable
 from services.relay.errors import HistoryConflict, InvalidRequest
+from services.relay.idempotency import Earlier
+from services.relay.replays import rewind_for
 from services.relay.session_ids import Choice
 from services.relay.settings import RelaySettings
 from shared import wire
@@ -44,6 +49,9 @@ _BUSY_SECONDS: Final = 1.0
 _BEYOND: Final = 100
 # Whole arrays go upstream as they are; the store must not refuse one for the size of its own context.
 _NO_BUDGET: Final = wire.ContextOptions(max_tokens=2**31 - 1)
+
+OnConflict = Literal["rewind", "fork", "reject"]
+_ON_CONFLICT: Final[TypeAdapter[OnConflict]] = TypeAdapter(OnConflict)
 
 REPLACED: Final = {"replaced_characters": True}
 """Metadata of a stored message in which U+FFFD stands for characters that cannot be stored."""
@@ -119,20 +127,24 @@ class Wishes:
     """How a caller wants its session treated, and what the settings say of all of them."""
 
     wait_seconds: float
-    rejects_conflicts: bool
+    on_conflict: OnConflict
     lease_seconds: int
     idle_seconds: int
     resumes_expired: bool
 
+    def that_rewind(self) -> "Wishes":
+        return replace(self, on_conflict="rewind")
+
     @classmethod
     def of(cls, headers: Mapping[str, str], settings: RelaySettings) -> "Wishes":
-        conflict = headers.get("x-session-conflict", "rewind")
-        if conflict not in {"rewind", "reject"}:
-            raise InvalidRequest.at("X-Session-Conflict", "must be rewind or reject")
+        try:
+            on_conflict = _ON_CONFLICT.validate_python(headers.get("x-session-conflict", "rewind"))
+        except ValidationError:
+            raise InvalidRequest.at("X-Session-Conflict", "must be rewind, fork or reject") from None
         rejects_busy = headers.get("x-session-busy") == "reject"
         return cls(
             wait_seconds=0 if rejects_busy else settings.relay_session_wait_seconds,
-            rejects_conflicts=conflict == "reject",
+            on_conflict=on_conflict,
             lease_seconds=settings.relay_lease_seconds,
             idle_seconds=settings.relay_session_idle_seconds,
             resumes_expired=settings.relay_expired_sessions == "resume",
@@ -141,7 +153,10 @@ class Wishes:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An open turn. `is_whole`: the array is the whole conversation, and nothing goes before it."""
+    """An open turn. `is_whole`: the array is the whole conversation, and nothing goes before it.
+
+    `key` is the session that it is open in: the one that was asked for, or a fork of it.
+    """
 
     key: SessionKey
     turn: wire.TurnOpened
@@ -155,12 +170,16 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What opening the turn does; `version` is the one of the session that the plan was made for."""
+    """What opening the turn does; `version` is the one of the session that the plan was made for.
+
+    With `fork_at_seq` it is done in a fork of the session up to there.
+    """
 
     new: list[Kept]
     rewind_to_seq: int | None = None
     if_exists: wire.IfExists = "return"
     version: int | None = None
+    fork_at_seq: int | None = None
 
     def request(self, wishes: Wishes, context: wire.ContextOptions | None, wait_seconds: float) -> wire.OpenTurn:
         return wire.OpenTurn(
@@ -195,23 +214,52 @@ def _side_id(session_id: str, part: str) -> str:
     return f"{session_id}~{part}"
 
 
-async def open_turn(
-    sessions: SessionClient, key: SessionKey, choice: Choice, array: Array, wishes: Wishes, *, wait_seconds: float
-) -> Opened:
-    """The turn, open, its messages stored. Raises InvalidRequest, HistoryConflict, and what session_service says."""
-    is_whole = choice.kind != "named" or array.holds_answers
-    context = _NO_BUDGET if is_whole else None
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A turn to be opened in the session `key`, in place of the `earlier` one where there was one.
+
+    `announce` hears of the session and the turn's id before it is opened.
+    """
+
+    key: SessionKey
+    choice: Choice
+    array: Array
+    wishes: Wishes
+    earlier: Earlier | None = None
+    announce: Callable[[SessionKey, str], Awaitable[None]] | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.choice.kind != "named" or self.array.holds_answers
+
+
+async def open_turn(sessions: SessionClient, opening: Opening, *, wait_seconds: float) -> Opened:
+    """The turn, open, its messages stored; in a fork of the session where the array departs and `wishes` want one.
+
+    Raises InvalidRequest, HistoryConflict, and what session_service says.
+    """
+    key, wishes = opening.key, opening.wishes
+    context = _NO_BUDGET if opening.is_whole else None
     deadline = monotonic() + wait_seconds
     tries = 0
     while tries < _LEAST_TRIES or monotonic() < deadline:
         tries += 1
-        if is_whole and choice.kind != "fresh":
-            plan = await _lined_up(sessions, key, array, rejects_conflicts=wishes.rejects_conflicts)
-        else:
-            plan = _Plan(array.messages)
+        plan = await _plan(sessions, opening)
+        left_seconds = max(0.0, deadline - monotonic())
+        request = plan.request(wishes, context, left_seconds)
+        if plan.fork_at_seq is not None:
+            fork = await sessions.fork_session(key, wire.Fork(at_seq=plan.fork_at_seq))
+            # Lined up anew, because the session may have been rewound meanwhile. Nobody else knows the fork yet:
+            # whatever is taken back there is taken from nobody.
+            there = replace(opening, key=SessionKey(key.user_id, fork.session_id), wishes=wishes.that_rewind())
+            return await open_turn(sessions, there, wait_seconds=left_seconds)
+        if opening.announce is not None:
+            turn_id = str(uuid7())
+            request = request.model_copy(update={"turn_id": turn_id})
+            await opening.announce(key, turn_id)
         try:
-            request = plan.request(wishes, context, max(0.0, deadline - monotonic()))
-            return Opened(key, await sessions.open_turn(key, request, if_match=plan.version), array, is_whole)
+            turn = await sessions.open_turn(key, request, if_match=plan.version)
+            return Opened(key, turn, opening.array, opening.is_whole)
         except (SessionExists, VersionMismatch, SessionNotActive) as error:
             # Somebody else wrote since it was looked at, or it has ended: what is to be done is another thing now.
             log.info("history_moved", code=error.code)
@@ -219,16 +267,38 @@ async def open_turn(
     raise TurnInProgress("Other requests keep changing this session", retry_after_seconds=_BUSY_SECONDS)
 
 
-async def _lined_up(sessions: SessionClient, key: SessionKey, array: Array, *, rejects_conflicts: bool) -> _Plan:
+async def _plan(sessions: SessionClient, opening: Opening) -> _Plan:
+    if opening.is_whole and opening.choice.kind != "fresh":
+        return await _lined_up(sessions, opening.key, opening.array, opening.wishes.on_conflict)
+    new = opening.array.messages
+    if opening.earlier is None:
+        return _Plan(new)
+    try:
+        version = (await sessions.get_session(opening.key)).version
+    except SessionNotFound:
+        return _Plan(new)
+    to_seq = await rewind_for(sessions, opening.key.user_id, opening.earlier)
+    return _Plan(new, rewind_to_seq=to_seq, version=version)
+
+
+async def _lined_up(sessions: SessionClient, key: SessionKey, array: Array, on_conflict: OnConflict) -> _Plan:
+    """Raises HistoryConflict where the array departs from what is stored and that is to be refused."""
     try:
         aligned = await sessions.align(key, array.hashes())
     except SessionNotFound:
         return _Plan(array.messages, if_exists="error")
-    if rejects_conflicts and aligned.matched < len(array.spoken):
-        beyond = await sessions.list_messages(key, after_seq=aligned.seq, limit=_BEYOND)
-        if any(message.role != "system" for message in beyond.messages):
+    new = array.after(aligned.matched)
+    if on_conflict != "rewind" and aligned.matched < len(array.spoken) and await _goes_on(sessions, key, aligned.seq):
+        if on_conflict == "reject":
             raise HistoryConflict
-    return _Plan(array.after(aligned.matched), rewind_to_seq=aligned.seq, version=aligned.version)
+        return _Plan(new, fork_at_seq=aligned.seq)
+    return _Plan(new, rewind_to_seq=aligned.seq, version=aligned.version)
+
+
+async def _goes_on(sessions: SessionClient, key: SessionKey, seq: int) -> bool:
+    """Whether more is stored of the conversation after this seq."""
+    beyond = await sessions.list_messages(key, after_seq=seq, limit=_BEYOND)
+    return any(message.role != "system" for message in beyond.messages)
 
 
 async def _revive_if_ended(sessions: SessionClient, key: SessionKey, wishes: Wishes) -> None:

@@ -43,7 +43,6 @@ ADD = (
     )
     .on_conflict_do_nothing(constraint="relay_api_keys_key_hash_key")
 )
-EXISTS = select(func.to_regclass(bindparam("name")).is_not(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +65,6 @@ def presented(headers: Mapping[str, str]) -> str | None:
         return key
     scheme, _, token = headers.get("authorization", "").partition(" ")
     return token.strip() or None if scheme.lower() == "bearer" else None
-
-
-async def table_exists(conn: Conn, schema: str) -> bool:
-    return bool(await conn.value(EXISTS, name=f"{schema}.{table.name}"))
 
 
 class Keys:

@@ -5,7 +5,7 @@ account never reach it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
@@ -22,12 +22,10 @@ from services.relay.errors import (
 )
 from services.relay.sse import EventTooLarge
 from services.relay.upstream import AnswerTooLarge, UpstreamError, UpstreamProtocolError, UpstreamTimeout
+from services.relay.verdicts import OPERATORS_STATUSES, PASSED_STATUSES
 from shared.errors import ServiceError
 
-PASSED_STATUSES: Final = frozenset({400, 404, 413, 422})
-"""Refusals that concern the client's request: passed on as they are, and the turn is `refused`."""
 _PASSED_HEADERS: Final = ("content-type", "request-id")
-_OPERATORS_STATUSES: Final = frozenset({401, 402, 403})
 OPERATORS_ERRORS: Final = frozenset({"authentication_error", "permission_error", "billing_error"})
 _STATUS_OF_TYPE: Final = {
     "invalid_request_error": 400,
@@ -41,9 +39,6 @@ _STATUS_OF_TYPE: Final = {
     "timeout_error": 504,
     "overloaded_error": 529,
 }
-_RATE_LIMITED_SECONDS: Final = 60.0
-_FORBIDDEN_SECONDS: Final = 30.0
-_LONGEST_WAIT_SECONDS: Final = 1800
 _ID_CHARACTERS: Final = 200
 _TYPE_CHARACTERS: Final = 100
 _MESSAGE_CHARACTERS: Final = 1000
@@ -53,7 +48,7 @@ _MESSAGE_CHARACTERS: Final = 1000
 class Ended:
     """`content` is the rest of what the client gets: a whole body, or the last bytes of a stream.
 
-    `error` is told to the client instead; a stream that has begun ends with it.
+    `error` is told to the client instead; a stream that has begun ends with it. `plain` is a whole JSON answer.
     """
 
     answer: Answer
@@ -61,6 +56,7 @@ class Ended:
     headers: dict[str, str] = field(default_factory=dict)
     content: bytes = b""
     error: ServiceError | None = None
+    plain: bytes = b""
 
 
 class ErrorEvent(UpstreamError):
@@ -82,6 +78,11 @@ class ErrorEvent(UpstreamError):
     def status(self) -> int:
         return _STATUS_OF_TYPE.get(self.type, 500)
 
+    @property
+    def content(self) -> bytes:
+        """As if it had been an answer's body."""
+        return json.dumps(self.data).encode()
+
 
 def passed_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """Those of upstream's headers that are for the client; odd ones no header of ours could hold are left out."""
@@ -100,21 +101,20 @@ def declined(status: int, headers: Mapping[str, str], content: bytes) -> Ended:
     if status in PASSED_STATUSES:
         answer = Answer("refused", upstream=told, error=_stored_error(content))
         return Ended(answer, status, passed_headers(headers), content)
-    wait = _retry_after_seconds(headers)
     error: UpstreamFailed
-    if status in _OPERATORS_STATUSES:
-        error = UpstreamForbidden(retry_after_seconds=_FORBIDDEN_SECONDS)
+    if status in OPERATORS_STATUSES:
+        error = UpstreamForbidden()
     elif status == 429:
-        error = UpstreamRateLimited(retry_after_seconds=wait or _RATE_LIMITED_SECONDS)
+        error = UpstreamRateLimited()
     else:
-        error = UpstreamOverloaded(retry_after_seconds=wait)
+        error = UpstreamOverloaded()
     return Ended(Answer("failed", upstream=told, error={"type": error.code, "status": status}), error=error)
 
 
 def failed(failure: UpstreamError, partial: dict[str, Any] | None) -> Ended:
     """What becomes of a call that broke; `partial` is the part of the answer that the client has seen."""
     if isinstance(failure, ErrorEvent) and partial is None:
-        return declined(failure.status, {"content-type": "application/json"}, json.dumps(failure.data).encode())
+        return declined(failure.status, {"content-type": "application/json"}, failure.content)
     error: RelayError
     if isinstance(failure, AnswerTooLarge | EventTooLarge):
         error = UpstreamUnusable()
@@ -127,6 +127,19 @@ def failed(failure: UpstreamError, partial: dict[str, Any] | None) -> Ended:
     answer = Answer("failed" if partial is None else "interrupted", message=partial, error=told)
     is_told = isinstance(failure, ErrorEvent) and failure.is_passed
     return Ended(answer, error=None if is_told else error)
+
+
+def concluded(errors: Sequence[UpstreamFailed], retry_after_seconds: float | None) -> UpstreamFailed:
+    """What all attempts together come to: one cause is told as itself; limits with refusals are limits."""
+    kinds = {type(error) for error in errors}
+    kind: type[UpstreamFailed] = UpstreamOverloaded
+    if len(kinds) == 1 or UpstreamUnusable in kinds:
+        kind = type(errors[-1])
+    elif kinds == {UpstreamForbidden, UpstreamRateLimited}:
+        kind = UpstreamRateLimited
+    error = kind(retry_after_seconds=retry_after_seconds)
+    error.attempts_used = True
+    return error
 
 
 def interrupted(assembly: Assembly, reason: str, error: ServiceError) -> Ended:
@@ -158,8 +171,3 @@ def _stored_error(content: bytes) -> dict[str, Any]:
         return {"type": str(error["type"])[:_TYPE_CHARACTERS], "message": str(error["message"])[:_MESSAGE_CHARACTERS]}
     except (ValueError, TypeError, KeyError, RecursionError):
         return {"type": "invalid_request_error"}
-
-
-def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    value = headers.get("retry-after", "")
-    return min(int(value), _LONGEST_WAIT_SECONDS) if value.isdigit() else None

@@ -6,11 +6,15 @@ Its one invariant: nothing here acts; a turn does.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from services.relay.accounts import Account
+from services.relay.admission import Admission
+from services.relay.affinity import Affinity
+from services.relay.attempts import Asking
+from services.relay.idempotency import Idempotency
 from services.relay.keys import Key
 from services.relay.lines import Lines
 from services.relay.metrics import Metrics
 from services.relay.pipe import Pipe
+from services.relay.session_limit import SessionLimit
 from services.relay.settings import RelaySettings
 from services.relay.spool import Spool
 from shared.errors import ServiceError
@@ -43,7 +47,11 @@ class Parts:
 
     settings: RelaySettings
     sessions: SessionClient
-    accounts: list[Account]
+    asking: Asking
+    affinity: Affinity
     spool: Spool
     metrics: Metrics
+    admission: Admission
+    session_limit: SessionLimit
+    idempotency: Idempotency
     lines: Lines = field(default_factory=Lines)

@@ -142,7 +142,6 @@ relay_idempotency = Table(
     Column("lease_expires_at", TIMESTAMP(timezone=True), nullable=False),
     Column("session_id", Text(collation="C")),
     Column("turn_id", Text(collation="C")),
-    Column("input_from_seq", Integer),
     Column("headers", JSONB),
     Column("answer", LargeBinary),
     Column("created_at", TIMESTAMP(timezone=True), nullable=False),

@@ -7,13 +7,16 @@ from pydantic_settings import NoDecode
 
 from shared.settings import SharedSettings, split_csv
 
-_REQUIRED_SECRETS = ("relay_admin_token", "relay_key_pepper", "session_service_tokens")
+_REQUIRED_SECRETS = ("relay_admin_token", "relay_key_pepper", "relay_encryption_keys", "session_service_tokens")
 
 
 class RelaySettings(SharedSettings):
     """Times are seconds unless the name says otherwise; sizes are bytes."""
 
     relay_host: str = "127.0.0.1"
+    listen_database_url: SecretStr = Field(
+        SecretStr(""), description="For LISTEN where DATABASE_URL leads through a pooler; empty: DATABASE_URL"
+    )
     relay_port: int = Field(8000, ge=0, le=65535)
 
     session_service_url: str = Field("http://127.0.0.1:8205", description="Where it is when there is no Consul")
@@ -23,6 +26,9 @@ class RelaySettings(SharedSettings):
 
     relay_upstream_url: str = Field("", description="Speaks the Claude Messages protocol; ends before /v1")
     relay_upstream_api_key: SecretStr = SecretStr("")
+    relay_max_attempts: int = Field(3, ge=1, le=20, description="Calls of upstream for one request")
+    relay_retry_wait_seconds: float = Field(10, ge=0, description="Longest wait for an account to become available")
+    relay_deadline_seconds: float = Field(600, gt=0, description="All attempts together, up to the answer's beginning")
     relay_connect_timeout_seconds: float = Field(10, gt=0)
     relay_stream_silence_seconds: float = Field(120, gt=0, description="Longest silence of a stream")
     relay_plain_timeout_seconds: float = Field(600, gt=0, description="Longest wait for a plain answer")
@@ -31,12 +37,19 @@ class RelaySettings(SharedSettings):
 
     relay_admin_token: SecretStr = SecretStr("")
     relay_key_pepper: SecretStr = SecretStr("")
+    relay_encryption_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split_csv)] = Field(
+        (), description="For accounts' secrets: id:base64 of 32 bytes, the current one first"
+    )
 
     relay_on_disconnect: Literal["cancel", "drain"] = "cancel"
     relay_ping_seconds: float = Field(15, gt=0, description="Silence of a stream after which a ping is sent")
     relay_stalled_client_seconds: float = Field(60, gt=0, description="A client that reads nothing for so long is gone")
     relay_max_body_bytes: int = Field(32 * 2**20, ge=1024)
-    relay_max_in_flight: int = Field(1000, ge=1)
+    relay_max_in_flight: int = Field(1000, ge=1, description="Requests served at once")
+    relay_max_queued: int = Field(1000, ge=0, description="Requests that may wait beside them")
+    relay_queue_seconds: float = Field(30, gt=0, description="Longest wait for the rate, and for a place")
+    relay_requests_per_second: float = Field(200, ge=0, description="More wait for their turn; 0: no limit")
+    relay_max_sessions: int = Field(10_000, ge=1, description="Active sessions of the whole store")
 
     relay_session_idle_seconds: int = Field(1800, ge=1, le=31_536_000)
     relay_expired_sessions: Literal["restart", "resume"] = "restart"

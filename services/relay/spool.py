@@ -27,6 +27,9 @@ log = structlog.get_logger(__name__)
 
 Persisted = Literal["yes", "deferred", "none"]
 
+NOT_STORABLE: Final = "not_storable"
+"""Type of the error of a turn that was closed without its message, because the store refused that for good."""
+
 _SUFFIX: Final = ".json"
 _REFUSED: Final = "refused"
 _POLL_SECONDS: Final = 0.5
@@ -53,6 +56,7 @@ class Spool:
         self._sessions = sessions
         self._timeout_seconds = timeout_seconds
         self._waiting: dict[SessionKey, list[Entry]] = {}
+        self._by_turn: dict[tuple[str, str], Entry] = {}
         self._delivering: dict[SessionKey, asyncio.Lock] = {}
         self._kept = asyncio.Event()
 
@@ -97,6 +101,10 @@ class Spool:
         self._add(entry)
         return "deferred"
 
+    def waits(self, user_id: str, turn_id: str) -> Entry | None:
+        """The completion of this user's turn, while it waits here."""
+        return self._by_turn.get((user_id, turn_id))
+
     async def settle(self, key: SessionKey) -> None:
         """Delivers what waits for this session; raises SessionServiceUnavailable when that cannot be done now."""
         if key in self._waiting and not await self._deliver(key):
@@ -130,7 +138,7 @@ class Spool:
 
     async def _close_empty(self, key: SessionKey, turn_id: str, answer: wire.CompleteTurn) -> None:
         """Closes the turn without its message, so that the session at least goes on."""
-        empty = wire.CompleteTurn(lease_token=answer.lease_token, status="failed", error={"type": "not_storable"})
+        empty = wire.CompleteTurn(lease_token=answer.lease_token, status="failed", error={"type": NOT_STORABLE})
         with contextlib.suppress(ServiceError, TimeoutError):
             async with asyncio.timeout(self._timeout_seconds):
                 await self._sessions.complete_turn(key, turn_id, empty)
@@ -150,6 +158,7 @@ class Spool:
                     log.error("spool_unusable", turn_id=entry.turn_id, reason=error.strerror)  # noqa: TRY400
                     return False
                 entries.pop(0)
+                self._by_turn.pop((key.user_id, entry.turn_id), None)
                 if not entries:
                     del self._waiting[key]
                 log.info("spool_delivered", turn_id=entry.turn_id, persisted=persisted, left=self.count)
@@ -159,6 +168,7 @@ class Spool:
 
     def _add(self, entry: Entry) -> None:
         self._waiting.setdefault(entry.key, []).append(entry)
+        self._by_turn[entry.key.user_id, entry.turn_id] = entry
         self._kept.set()
 
 

@@ -2,13 +2,20 @@
 
 from dataclasses import dataclass
 
-from services.relay.accounts import Account
+from services.relay.account_use import AccountUse
+from services.relay.admission import Admission
+from services.relay.attempts import Asking
 from services.relay.development import Secrets
 from services.relay.keys import Keys
 from services.relay.metrics import Metrics
+from services.relay.models import Models
+from services.relay.pool import Pool
+from services.relay.sealing import Sealer
+from services.relay.session_limit import SessionLimit
 from services.relay.settings import RelaySettings
 from services.relay.spool import Spool
 from services.relay.turns import Turns
+from services.relay.ways import Ways
 from shared.database import Database
 from shared.discovery import Instances
 from shared.errors import NotInitialized
@@ -28,10 +35,20 @@ class State:
     instances: Instances
     sessions: SessionClient
     keys: Keys
-    accounts: list[Account]
+    asking: Asking
+    sealer: Sealer
+    ways: Ways
+    account_use: AccountUse
+    models: Models
     spool: Spool
+    admission: Admission
+    session_limit: SessionLimit
     turns: Turns
     is_ready: bool = False
+
+    @property
+    def pool(self) -> Pool:
+        return self.asking.pool
 
     def require_ready(self) -> None:
         if not self.is_ready:

@@ -8,44 +8,50 @@ what upstream has given is stored, the turn is closed once, and the upstream con
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from time import monotonic
 from typing import Any, Final
 
 import structlog
 
-from services.relay import answers, history, leases, outcomes, prompt, session_ids, streaming
-from services.relay.accounts import Account, choose
+from services.relay import answers, history, leases, once, outcomes, prompt, replays, session_ids, streaming
+from services.relay.admission import Entry
 from services.relay.answers import Answer
 from services.relay.assembly import Assembly
-from services.relay.errors import Interrupted
+from services.relay.attempts import Attempt
+from services.relay.errors import Interrupted, RelayError
 from services.relay.history import Opened
+from services.relay.idempotency import Replay
+from services.relay.once import Once
 from services.relay.outcomes import Ended
 from services.relay.parts import Caller, Parts, Reply
 from services.relay.pipe import Pipe
 from services.relay.request import ClaudeRequest
 from services.relay.session_ids import Choice
-from services.relay.upstream import MESSAGES_PATH, UpstreamAnswer, UpstreamError, UpstreamRequest
+from services.relay.upstream import MESSAGES_PATH, UpstreamAnswer, UpstreamRequest
 from shared.errors import Internal, ServiceError, Unavailable
 
 log = structlog.get_logger(__name__)
 
-_ATTEMPTS: Final = "1"
+_ATTEMPTS: Final = "x-relay-attempts"
 _EVENT_STREAM: Final = "text/event-stream"
 
 
 class Turn:
     """A turn that runs. `reply` is there when the answer's head may go out."""
 
-    def __init__(self, parts: Parts, caller: Caller, request: ClaudeRequest) -> None:
+    def __init__(self, parts: Parts, caller: Caller, request: ClaudeRequest, entry: Entry) -> None:
         self._parts = parts
         self._caller = caller
         self._request = request
+        self._entry = entry
         self._started_at = monotonic()
         self._body = request.body
-        self._headers = {"x-relay-attempts": "0"}
+        self._headers = {_ATTEMPTS: "0"}
+        self._attempt: Attempt | None = None
         self._pipe = Pipe()
-        self._asking: asyncio.Timeout | None = None
+        self._giving_up: asyncio.Timeout | None = None
         self._has_left = False
         self._is_interrupted = False
         self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
@@ -59,16 +65,34 @@ class Turn:
             self.interrupt()
 
     def interrupt(self) -> None:
-        """Lets go of upstream at once; what has come of the answer is stored."""
-        if self._asking is not None and not self._is_interrupted:
-            self._asking.reschedule(asyncio.get_running_loop().time())
+        """Lets go of upstream, or of its place in a queue, at once; what has come of the answer is stored."""
+        if self._giving_up is not None and not self._is_interrupted:
+            self._giving_up.reschedule(asyncio.get_running_loop().time())
         self._is_interrupted = True
+
+    @asynccontextmanager
+    async def _interruptible(self) -> AsyncIterator[None]:
+        """Raises Interrupted as soon as the turn is interrupted; whatever runs inside is cancelled."""
+        if self._is_interrupted:
+            raise Interrupted
+        self._giving_up = asyncio.timeout(None)
+        try:
+            async with self._giving_up:
+                yield
+        except TimeoutError:
+            if self._is_interrupted:
+                raise Interrupted from None
+            raise
+        finally:
+            self._giving_up = None
 
     # ── the order ───────────────────────────────────────────────────────────────────────────────
 
     async def _run(self) -> None:
         outcome = "rejected"
         try:
+            async with self._interruptible():
+                await self._entry.begin()
             outcome = await self._serve()
         except ServiceError as error:
             self._tell(Reply(error.status, self._headers, error=error))
@@ -81,60 +105,84 @@ class Turn:
 
     async def _serve(self) -> str:
         """Runs the turn and gives its outcome; raises a ServiceError for what ends it before upstream is asked."""
-        account = choose(self._parts.accounts, self._request.model)
         choice = session_ids.choose(self._request, self._caller.headers)
-        if choice is None:
-            return await self._serve_in(None, account)
-        try:
-            async with self._session(choice) as opened:
-                return await self._serve_in(opened, account)
-        except Unavailable:
-            if self._caller.headers.get("x-session-store") != "best-effort" or "x-turn-id" in self._headers:
-                raise
-        return await self._serve_in(None, account)
+        async with once.began(self._parts, self._caller, self._request, choice) as began:
+            if isinstance(began, Replay):
+                return self._replay(began)
+            self._parts.asking.pool.check(self._request.model)
+            if choice is None:
+                return await self._serve_alone(began)
+            try:
+                async with self._session(choice, began) as opened:
+                    return await self._serve_in(opened, began)
+            except Unavailable:
+                if self._caller.headers.get("x-session-store") != "best-effort" or "x-turn-id" in self._headers:
+                    raise
+            return await self._serve_alone(began)
 
     @asynccontextmanager
-    async def _session(self, choice: Choice) -> AsyncIterator[Opened]:
+    async def _session(self, choice: Choice, began: Once | None) -> AsyncIterator[Opened]:
         """The turn, opened, and the session to itself until it is closed."""
-        parts, sessions = self._parts, self._parts.sessions
+        parts = self._parts
+        choice = began.in_session(choice) if began else choice
         wishes = history.Wishes.of(self._caller.headers, parts.settings)
         array = history.Array.of(self._request.messages)
-        key = await history.session_of(sessions, self._caller.key.user_id, choice, array)
+        key = await history.session_of(parts.sessions, self._caller.key.user_id, choice, array)
         deadline = monotonic() + wishes.wait_seconds
-        async with parts.lines.place(key, wait_seconds=wishes.wait_seconds):
-            if self._is_interrupted:
-                raise Interrupted  # nothing was stored yet, and nobody waits for an answer
+        async with AsyncExitStack() as held:
+            async with self._interruptible():
+                await held.enter_async_context(parts.lines.place(key, wait_seconds=wishes.wait_seconds))
+                await held.enter_async_context(self._entry.place())
             await parts.spool.settle(key)
-            left_seconds = max(0.0, deadline - monotonic())
-            opened = await history.open_turn(sessions, key, choice, array, wishes, wait_seconds=left_seconds)
-            self._headers["x-session-id"] = session_ids.encoded(key.session_id)
-            self._headers["x-turn-id"] = opened.turn.turn_id
-            self._headers["x-session-persisted"] = "pending"
-            structlog.contextvars.bind_contextvars(turn_id=opened.turn.turn_id)
-            lease = asyncio.create_task(leases.keep(sessions, opened, parts.settings.relay_lease_seconds))
-            try:
-                yield opened
-            finally:
-                lease.cancel()
+            opening = history.Opening(key, choice, array, wishes)
+            if began is not None:
+                opening = replace(opening, earlier=began.earlier, announce=began.opening)
+            opened = await self._opened(opening, wait_seconds=max(0.0, deadline - monotonic()))
+            lease = asyncio.create_task(leases.keep(parts.sessions, opened, parts.settings.relay_lease_seconds))
+            held.callback(lease.cancel)
+            yield opened
 
-    async def _serve_in(self, opened: Opened | None, account: Account) -> str:
+    async def _opened(self, opening: history.Opening, *, wait_seconds: float) -> Opened:
+        limit = self._parts.session_limit
+        await limit.check(opening.key, is_new=opening.choice.kind == "fresh")
+        try:
+            opened = await history.open_turn(self._parts.sessions, opening, wait_seconds=wait_seconds)
+            limit.opened(opened.turn.session)
+        finally:
+            limit.leave(opening.key)
+        self._headers["x-session-id"] = session_ids.encoded(opened.key.session_id)
+        self._headers["x-turn-id"] = opened.turn.turn_id
+        self._headers["x-session-persisted"] = "pending"
+        structlog.contextvars.bind_contextvars(turn_id=opened.turn.turn_id)
+        return opened
+
+    async def _serve_alone(self, began: Once | None) -> str:
+        """Without a session."""
+        async with AsyncExitStack() as held:
+            async with self._interruptible():
+                await held.enter_async_context(self._entry.place())
+            return await self._serve_in(None, began)
+
+    async def _serve_in(self, opened: Opened | None, began: Once | None) -> str:
         if self._is_interrupted:  # nothing was asked yet: as if the request had not been
             ended = Ended(Answer("refused", error={"type": "client_gone"}), error=Interrupted())
         else:
-            ended = await self._answered(account, opened)
-        await self._end(ended, opened)
+            ended = await self._answered(opened)
+        await self._end(ended, opened, began)
         return ended.answer.status
 
-    async def _answered(self, account: Account, opened: Opened | None) -> Ended:
+    async def _answered(self, opened: Opened | None) -> Ended:
         """How asking upstream ended; a fault of ours too is an end that closes the turn."""
         try:
             self._body = prompt.upstream_body(self._request, opened)
-            return await self._ask(account, self._body)
+            return await self._ask(self._body, opened)
+        except RelayError as error:
+            return Ended(Answer("failed", error={"type": error.code}), error=error)
         except Exception:
             log.exception("turn_fault")
             return Ended(Answer("failed", error={"type": "relay_fault"}), error=Internal())
 
-    async def _end(self, ended: Ended, opened: Opened | None) -> None:
+    async def _end(self, ended: Ended, opened: Opened | None, began: Once | None) -> None:
         """Keeps what came of the turn, then lets the client have the end of it."""
         prefill = opened.prefill if opened else []
         lease_token = opened.turn.lease_token if opened else ""
@@ -143,6 +191,8 @@ class Turn:
         if opened is not None:
             persisted = await self._parts.spool.complete(opened.key, opened.turn.turn_id, completed)
         self._parts.metrics.count_tokens(completed.model, completed.usage)
+        if began is not None:
+            await began.end(ended, self._headers | ended.headers | {"x-session-persisted": persisted})
         if self.reply.done():
             if ended.error is not None:
                 self._pipe.put_now(streaming.error_event(ended.error, self._caller.request_id))
@@ -153,53 +203,74 @@ class Turn:
 
     # ── upstream ────────────────────────────────────────────────────────────────────────────────
 
-    async def _ask(self, account: Account, body: dict[str, Any]) -> Ended:
+    async def _ask(self, body: dict[str, Any], opened: Opened | None) -> Ended:
         """Asks upstream and passes on what it says; every way in which that can end is an Ended."""
-        caller, metrics = self._caller, self._parts.metrics
+        parts, caller = self._parts, self._caller
         request = UpstreamRequest(MESSAGES_PATH, caller.query, caller.headers, body)
-        assembly, status, asked_at = Assembly(), "none", monotonic()
-        self._headers["x-relay-attempts"] = _ATTEMPTS
-        early = asyncio.get_running_loop().call_later(self._parts.settings.relay_ping_seconds, self._release_early)
-        self._asking = asyncio.timeout(None)
+        early = asyncio.get_running_loop().call_later(parts.settings.relay_ping_seconds, self._release_early)
         try:
-            async with self._asking, await account.upstream.open(request) as answer:
-                status = str(answer.status)
-                ended = await self._take(answer, assembly)
-        except UpstreamError as failure:
-            status = failure.kind if status == "none" else status
-            ended = outcomes.failed(failure, assembly.partial() if assembly.committed else None)
+            async with self._interruptible():
+                prefers = await self._preferred(opened)
+                ended = await parts.asking.ask(request, self._take, prefers=prefers, on_attempt=self._on_attempt)
         except streaming.Stalled:
-            ended = outcomes.interrupted(assembly, "client_stalled", Interrupted())
-        except TimeoutError:  # of leave() or interrupt()
-            reason = "client_gone" if self._has_left else "relay_stopping"
-            ended = outcomes.interrupted(assembly, reason, Interrupted())
+            return self._gave_up("client_stalled")
+        except Interrupted:
+            return self._gave_up("client_gone" if self._has_left else "relay_stopping")
         finally:
-            self._asking = None
             early.cancel()
-            metrics.upstream_requests.labels(account.id, status).inc()
-            metrics.upstream_duration.observe(monotonic() - asked_at)
-        ended.answer.upstream.update(account=account.id, attempts=int(_ATTEMPTS))
+        if opened is not None and ended.answer.status == "completed":
+            parts.affinity.note(opened.key, ended.answer.upstream["account"])
         return ended
 
-    async def _take(self, answer: UpstreamAnswer, assembly: Assembly) -> Ended:
+    def _gave_up(self, reason: str) -> Ended:
+        if self._attempt is None:
+            return outcomes.interrupted(Assembly(), reason, Interrupted())
+        ended = outcomes.interrupted(self._attempt.assembly, reason, Interrupted())
+        ended.answer.upstream.update(self._attempt.source)
+        return ended
+
+    async def _preferred(self, opened: Opened | None) -> str | None:
+        if opened is None or not self._parts.asking.pool.has_choice(self._request.model):
+            return None
+        return await self._parts.affinity.of(opened.key)
+
+    def _on_attempt(self, attempt: Attempt) -> None:
+        self._headers[_ATTEMPTS] = str(attempt.number)
+        self._attempt = attempt
+
+    async def _take(self, answer: UpstreamAnswer, attempt: Attempt) -> Ended:
         headers = outcomes.passed_headers(answer.headers)
         told = outcomes.source(answer.status, answer.headers)
-        if answer.status != 200:
-            return outcomes.declined(answer.status, answer.headers, await answer.read())
-        if self._request.stream and answer.headers.get("content-type", "").startswith(_EVENT_STREAM):
-            rest = await streaming.pass_on(
-                answer,
-                assembly,
-                self._pipe,
-                release=lambda: self._release(headers),
-                on_stall=self._on_stall,
-                stalled_seconds=self._parts.settings.relay_stalled_client_seconds,
+        if not (self._request.stream and answer.headers.get("content-type", "").startswith(_EVENT_STREAM)):
+            content = await answer.read()
+            return Ended(
+                Answer("completed", outcomes.message_of(content), told), headers=headers, content=content, plain=content
             )
-            return Ended(Answer("completed", assembly.message(), told), content=rest)
-        content = await answer.read()
-        return Ended(Answer("completed", outcomes.message_of(content), told), headers=headers, content=content)
+
+        def release() -> None:
+            attempt.committed()
+            self._release(headers)
+
+        rest = await streaming.pass_on(
+            answer,
+            attempt.assembly,
+            self._pipe,
+            release=release,
+            on_stall=self._on_stall,
+            stalled_seconds=self._parts.settings.relay_stalled_client_seconds,
+        )
+        return Ended(Answer("completed", attempt.assembly.message(), told), content=rest)
 
     # ── the client ──────────────────────────────────────────────────────────────────────────────
+
+    def _replay(self, replay: Replay) -> str:
+        self._headers |= replay.headers | once.REPLAYED
+        if self._request.stream:
+            self._pipe.put_now(b"".join(replays.stream_of(replay.message)))
+            self._release({})
+        else:
+            self._tell(Reply(200, self._headers | {"content-type": "application/json"}, replay.message))
+        return "replayed"
 
     def _release_early(self) -> None:
         """Upstream says nothing for long: a stream's head goes out, with a ping, before there is an answer."""

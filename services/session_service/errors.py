@@ -3,11 +3,12 @@
 Its one invariant: a constraint that a request can run into is listed here; any other is a fault of ours.
 """
 
-from shared.errors import MessageExists, ServiceError, SessionExists, SessionNotFound
+from shared.errors import MessageExists, ServiceError, SessionExists, SessionNotFound, TurnExists
 
 BY_CONSTRAINT: dict[str, type[ServiceError]] = {
     "sessions_pkey": SessionExists,
     "session_messages_message_id_key": MessageExists,
+    "session_turns_pkey": TurnExists,
     # The session was erased between a statement's look and its write.
     "session_messages_session_fkey": SessionNotFound,
     "session_turns_session_fkey": SessionNotFound,

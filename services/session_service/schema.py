@@ -209,6 +209,7 @@ session_turns = Table(
     _one_of("session_turns_status_check", "status", "open completed interrupted failed refused expired"),
     CheckConstraint("(status = 'open') = (closed_at IS NULL)", name="session_turns_closed_at_check"),
     Index("session_turns_by_opened_at_idx", "user_id", "session_id", "opened_at", "turn_id"),
+    Index("session_turns_by_turn_id_idx", "user_id", "turn_id"),
     Index(
         "session_turns_open_key",
         "user_id",

@@ -89,7 +89,7 @@ async def open_turn(
             await supersede_after(conn, locked, request.rewind_to_seq, "rewind_to_seq")
         if not drafts:
             await _require_user_last(conn, locked)
-        turn_id = str(uuid7())
+        turn_id = request.turn_id or str(uuid7())
         stored = await messages.append_drafts(conn, user_id, session_id, drafts, turn_id=turn_id) or []
         lease_token = secrets.token_urlsafe(24)
         row = await conn.row(
@@ -197,6 +197,13 @@ LIST = (
     .order_by(table.c.opened_at.desc(), table.c.turn_id.desc())
     .limit(bindparam("limit", type_=sa.Integer))
 )
+# Imports keep their turns' ids, so that several sessions may hold one; the order is the same each time.
+FIND = (
+    select(*COLUMNS)
+    .where(table.c.user_id == bindparam("user_id"), table.c.turn_id == bindparam("turn_id"))
+    .order_by(table.c.opened_at.desc(), table.c.session_id)
+    .limit(1)
+)
 COUNT_OPEN = select(func.count()).select_from(table).where(table.c.status == OPEN)
 
 
@@ -204,6 +211,14 @@ async def get(conn: Conn, user_id: str, session_id: str, turn_id: str) -> wire.T
     row = await conn.row(GET, user_id=user_id, session_id=session_id, turn_id=turn_id)
     if row is None:
         await sessions.get(conn, user_id, session_id)
+        raise TurnNotFound
+    return from_row(row)
+
+
+async def find(conn: Conn, user_id: str, turn_id: str) -> wire.Turn:
+    """The user's turn of this id, whatever its session: the newest opened one. Raises TurnNotFound."""
+    row = await conn.row(FIND, user_id=user_id, turn_id=turn_id)
+    if row is None:
         raise TurnNotFound
     return from_row(row)
 

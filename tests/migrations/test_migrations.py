@@ -186,7 +186,8 @@ async def test_a_migration_does_not_wait_for_a_lock_for_long(own: str) -> None:
     blocker, db = await asyncpg.connect(own), await asyncpg.connect(own)
     tables, head = await tables_of(db), await db.fetchval("SELECT version_num FROM dev.alembic_version")
     async with blocker.transaction():
-        await blocker.execute("SELECT * FROM dev.session_messages, dev.relay_api_keys")
+        for table in tables:
+            await blocker.execute(f"SELECT FROM dev.{table} LIMIT 0")
         began = time.monotonic()
         process = alembic(own, "downgrade", "base")
         _, errors = await asyncio.to_thread(process.communicate, timeout=60)
@@ -197,6 +198,32 @@ async def test_a_migration_does_not_wait_for_a_lock_for_long(own: str) -> None:
     migrate(own, "downgrade", "base")
     assert await tables_of(db) == ["alembic_version"]
     for each in (blocker, db):
+        await each.close()
+
+
+async def test_an_index_on_a_table_that_is_there_waits_for_whoever_reads_and_stops_nobody(own: str) -> None:
+    """For longer than a lock may be waited for; what a run that was broken off has left is replaced."""
+    migrate(own, "downgrade", "0003")
+    reader, db = await asyncpg.connect(own), await asyncpg.connect(own)
+    await db.execute("CREATE INDEX session_turns_by_turn_id_idx ON dev.session_turns (user_id)")
+    await db.execute(
+        "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'dev.session_turns_by_turn_id_idx'::regclass"
+    )
+    async with reader.transaction(isolation="repeatable_read"):
+        await reader.execute("SELECT FROM dev.session_turns")
+        others = [alembic(own, "upgrade", "head") for _ in range(2)]
+        await asyncio.sleep(7)
+        assert [process.poll() for process in others] == [None, None]
+        async with asyncio.timeout(1):
+            await db.execute("UPDATE dev.session_turns SET user_id = user_id")
+    for process in others:
+        _, errors = await asyncio.to_thread(process.communicate, timeout=60)
+        assert process.returncode == 0, errors
+    made = "SELECT indisvalid, pg_get_indexdef(indexrelid) FROM pg_index WHERE indexrelid = $1::regclass"
+    is_valid, definition = await db.fetchrow(made, "dev.session_turns_by_turn_id_idx") or (None, None)
+    assert is_valid
+    assert str(definition).endswith("(user_id, turn_id)")
+    for each in (reader, db):
         await each.close()
 
 

@@ -52,6 +52,16 @@ def upstream_settings(url: str) -> dict[str, str]:
     return {"RELAY_UPSTREAM_URL": url, "RELAY_UPSTREAM_API_KEY": UPSTREAM_KEY}
 
 
+def admin_headers(data_dir: Path) -> dict[str, str]:
+    return {"authorization": f"Bearer {(data_dir / 'admin.token').read_text().strip()}"}
+
+
+def rest_account(relay: Process, data_dir: Path, account_id: str = "anthropic") -> None:
+    """Ends whatever keeps the account from being used."""
+    url = f"{relay.url}/admin/accounts/{account_id}/enable"
+    httpx.post(url, headers=admin_headers(data_dir), trust_env=False).raise_for_status()
+
+
 @asynccontextmanager
 async def client_of(relay: Process, data_dir: Path) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a relay, with its development key."""

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from tests.processes import Process, ServiceProcess
-from tests.relay.calls import Chat, client_of, start_relay, upstream_settings
+from tests.relay.calls import Chat, client_of, rest_account, start_relay, upstream_settings
 from tests.upstream.client import TestUpstream
 
 
@@ -37,10 +38,23 @@ def data_dir(scratch: Path) -> Path:
 def relay(
     database_url: str, session_service: ServiceProcess, upstream_process: TestUpstream, data_dir: Path
 ) -> Iterator[Process]:
-    """The relay that the tests of this worker share, in front of the test upstream."""
-    settings = upstream_settings(upstream_process.url)
+    """The relay that the tests of this worker share, in front of the test upstream. It waits for no account."""
+    settings = upstream_settings(upstream_process.url) | {"RELAY_RETRY_WAIT_SECONDS": "0"}
     with start_relay(database_url, session_service.url, data_dir, settings) as process:
         yield process
+
+
+@pytest.fixture
+def rest(relay: Process, data_dir: Path) -> Callable[[], None]:
+    """Ends whatever keeps the shared relay's account from being used."""
+    return partial(rest_account, relay, data_dir)
+
+
+@pytest.fixture(autouse=True)
+def rested_account(request: pytest.FixtureRequest) -> None:
+    """What one test made of the shared relay's account is over for the next."""
+    if "relay" in request.fixturenames:
+        request.getfixturevalue("rest")()
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -61,9 +75,10 @@ MakeRelay = Callable[..., Process]
 
 @pytest.fixture
 def make_relay(
-    database_url: str, session_service: ServiceProcess, upstream: TestUpstream, data_dir: Path
+    make_database: Callable[[], str], session_service: ServiceProcess, upstream: TestUpstream, data_dir: Path
 ) -> Iterator[MakeRelay]:
-    """Starts relays of a test's own, with settings of its own; they share the state of the others."""
+    """Starts relays of a test's own, with settings and a database of its own; they share the state on disk."""
+    database_url = make_database()
     with ExitStack() as started:
 
         def make(session_service_url: str = session_service.url, folder: Path = data_dir, **settings: str) -> Process:

@@ -1,6 +1,8 @@
 """When upstream fails: what the client hears, and what is kept."""
 
 import asyncio
+import base64
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from tests.relay.calls import Chat, error_of
 from tests.upstream.client import TestUpstream
 
+KEY = f"k1:{base64.b64encode(bytes(32)).decode()}"
 KIRO = "/claude-kiro-oauth/v1/messages"
 
 
@@ -47,7 +50,7 @@ async def test_what_is_the_clients_passes_on(chat: Chat, upstream: TestUpstream,
     ],
 )
 async def test_what_is_upstreams_fault(
-    chat: Chat, upstream: TestUpstream, step: dict[str, Any], status: int, kind: str
+    chat: Chat, upstream: TestUpstream, rest: Callable[[], None], step: dict[str, Any], status: int, kind: str
 ) -> None:
     upstream.script(step)
     answer = await chat.ask("Hello")
@@ -57,7 +60,9 @@ async def test_what_is_upstreams_fault(
     if status == 429:
         assert answer.headers["retry-after"] == "17"
     assert (await chat.until_turn("failed"))["turn_id"] == answer.headers["x-turn-id"]
+    assert answer.headers["x-relay-attempts"] == "1"
     assert await chat.history() == [("user", "Hello")]
+    rest()
     await chat.say("The session goes on")
 
 
@@ -69,9 +74,16 @@ async def test_what_is_upstreams_fault(
     ],
 )
 async def test_the_seeds_bodies(
-    chat: Chat, upstream: TestUpstream, step: dict[str, Any], status: int, kind: str, message: str
+    chat: Chat,
+    upstream: TestUpstream,
+    rest: Callable[[], None],
+    step: dict[str, Any],
+    status: int,
+    kind: str,
+    message: str,
 ) -> None:
     for prefix in ("", "/api/v1"):
+        rest()
         upstream.script(step)
         answer = await chat.http.post(prefix + KIRO, json=chat.body("Hello"))
         assert answer.status_code == status
@@ -80,6 +92,7 @@ async def test_the_seeds_bodies(
 
 async def test_where_there_is_no_account(chat_at: Any, make_relay: Any, session_service: Any, tmp_path: Path) -> None:
     secrets = {"RELAY_ADMIN_TOKEN": "a", "RELAY_KEY_PEPPER": "p", "SESSION_SERVICE_TOKENS": "t"}
+    secrets["RELAY_ENCRYPTION_KEYS"] = KEY
     none = {"RELAY_UPSTREAM_URL": "", "RELAY_UPSTREAM_API_KEY": "", "ENVIRONMENT": "production"}
     relay = make_relay(folder=tmp_path, **secrets, **none)
     health = httpx.get(f"{relay.url}/queue/health", trust_env=False)
@@ -95,7 +108,7 @@ async def test_the_demo_serves_other_models_only_alone(chat_at: Any, make_relay:
 
 
 async def test_too_many_at_once(chat_at: Any, make_relay: Any, upstream: TestUpstream) -> None:
-    chat: Chat = await chat_at(make_relay(RELAY_MAX_IN_FLIGHT="2"))
+    chat: Chat = await chat_at(make_relay(RELAY_MAX_IN_FLIGHT="2", RELAY_MAX_QUEUED="0"))
     upstream.script({"delay_ms": 400, "repeat": 2})
     others = [Chat(chat.http, chat.sessions) for _ in range(2)]
     busy = [asyncio.create_task(each.say("Hello")) for each in others]

@@ -64,7 +64,7 @@ def test_files_of_secrets_are_made_once(tmp_path: Path) -> None:
     assert first.api_key is not None
     assert re.fullmatch(r"cr_[0-9a-f]{64}", first.api_key)
     files = sorted((tmp_path / "new").iterdir())
-    assert [file.name for file in files] == ["admin.token", "api.key", "key.pepper"]
+    assert [file.name for file in files] == ["admin.token", "api.key", "encryption.key", "key.pepper"]
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
 
 
@@ -122,7 +122,7 @@ async def test_health(chat: Chat, relay: Process) -> None:
     assert (health["status"], health["agent_initialized"]) == ("healthy", True)
     assert isinstance(health["session_count"], int)
     queue = (await chat.http.get("/queue/health")).json()
-    assert set(queue) == {"status", "in_flight", "queued", "max_in_flight", "accounts"}
+    assert set(queue) == {"status", "in_flight", "queued", "max_in_flight", "accounts", "sessions"}
     await chat.say("Hello")
     metrics = (await chat.http.get("/metrics")).text
     for line in (

@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.relay.calls import Chat, events_of, streamed_text
+from tests.relay.calls import Chat, events_of, rest_account, streamed_text
 from tests.upstream.client import TestUpstream
 
 LONG = "word " * 60
@@ -104,7 +105,7 @@ async def test_silence_is_filled_with_pings(chat_at: Any, make_relay: Any, upstr
 async def test_a_ping_before_the_answer_sends_the_head_out(
     chat_at: Any, make_relay: Any, upstream: TestUpstream
 ) -> None:
-    chat: Chat = await chat_at(make_relay(RELAY_PING_SECONDS="0.2"))
+    chat: Chat = await chat_at(make_relay(RELAY_PING_SECONDS="0.2", RELAY_RETRY_WAIT_SECONDS="0"))
     upstream.script({"text": "late", "delay_ms": 700}, {"status": 503, "delay_ms": 700})
     whole = await chat.stream_whole("Hello")
     assert whole.startswith(b'event: ping\ndata: {"type": "ping"}\n\n')
@@ -116,13 +117,18 @@ async def test_a_ping_before_the_answer_sends_the_head_out(
     assert [each["status"] for each in await chat.turns()] == ["failed", "completed"]
 
 
-async def test_a_silent_upstream_is_given_up(chat_at: Any, make_relay: Any, upstream: TestUpstream) -> None:
-    chat: Chat = await chat_at(make_relay(RELAY_STREAM_SILENCE_SECONDS="0.3", RELAY_PLAIN_TIMEOUT_SECONDS="0.3"))
-    upstream.script({"hang_seconds": 30, "repeat": 2}, {"text": LONG, "hang_seconds": 30, "after_events": 6})
+async def test_a_silent_upstream_is_given_up(
+    chat_at: Any, make_relay: Any, upstream: TestUpstream, data_dir: Path
+) -> None:
+    relay = make_relay(RELAY_STREAM_SILENCE_SECONDS="0.3", RELAY_PLAIN_TIMEOUT_SECONDS="0.3")
+    chat: Chat = await chat_at(relay)
+    upstream.script({"hang_seconds": 30, "repeat": 6}, {"text": LONG, "hang_seconds": 30, "after_events": 6})
     assert (await chat.ask("Hello")).status_code == 504
     async with chat.stream("Hello") as answer:
         await answer.aread()
     assert answer.status_code == 504
+    assert answer.headers["x-relay-attempts"] == "3"
+    rest_account(relay, data_dir)
     events = events_of(await chat.stream_whole("Hello"))
     assert events[-1][1]["error"]["type"] == "timeout_error"
     await upstream.until(lambda state: state["running"] == 0)

@@ -1,12 +1,12 @@
 """The Claude Messages API: messages, their tokens counted, and the models there are."""
 
-from typing import Any
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from services.relay import request as requests
-from services.relay.accounts import DEMO_MODEL
 from services.relay.counting import count
+from services.relay.errors import ModelNotServed
 from services.relay.parts import Caller
 from services.relay.routes.parameters import AppState, CallerKey
 from services.relay.routes.rendering import KIRO_PREFIX, request_id_of
@@ -28,25 +28,42 @@ async def create_message(request: Request, state: AppState, key: CallerKey) -> R
 async def count_tokens(request: Request, state: AppState, key: CallerKey) -> Response:
     """The tokens of a request, as upstream counts them; nothing is stored."""
     content = requests.read(await request.body(), default_max_tokens=None)
-    ended = await count(state.accounts, _caller(request, key), content)
+    ended = await count(state.asking, _caller(request, key), content)
     return Response(ended.content, ended.status, {"request-id": request_id_of(request.scope)} | ended.headers)
 
 
-async def list_models(state: AppState, _key: CallerKey) -> Response:
-    """The models that the relay knows by name."""
-    names = [DEMO_MODEL for account in state.accounts if account.provider == "demo"]
+async def list_models(
+    state: AppState,
+    _key: CallerKey,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+    after_id: str | None = None,
+    before_id: str | None = None,
+) -> Response:
+    """The models that the accounts serve, paged as in the Claude API."""
+    models = await state.models.all()
+    ids = [model["id"] for model in models]
+    start, end = 0, len(models)
+    if after_id in ids:
+        start = ids.index(after_id) + 1
+    if before_id in ids:
+        end = ids.index(before_id)
+        start = max(start, end - limit)
+    page = models[start : min(end, start + limit)]
     return answer(
         {
-            "data": [_model(name) for name in names],
-            "has_more": False,
-            "first_id": names[0] if names else None,
-            "last_id": names[-1] if names else None,
+            "data": page,
+            "has_more": start > 0 if before_id in ids else start + len(page) < end,
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
         }
     )
 
 
-def _model(name: str) -> dict[str, Any]:
-    return {"type": "model", "id": name, "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
+async def get_model(model_id: str, state: AppState, _key: CallerKey) -> Response:
+    for model in await state.models.all():
+        if model["id"] == model_id:
+            return answer(model)
+    raise ModelNotServed
 
 
 def _caller(request: Request, key: CallerKey) -> Caller:
@@ -61,3 +78,4 @@ for prefix in PREFIXES:
     router.add_api_route(f"{prefix}/v1/messages", create_message, methods=["POST"], include_in_schema=shown)
     router.add_api_route(f"{prefix}/v1/messages/count_tokens", count_tokens, methods=["POST"], include_in_schema=shown)
     router.add_api_route(f"{prefix}/v1/models", list_models, methods=["GET"], include_in_schema=shown)
+    router.add_api_route(f"{prefix}/v1/models/{{model_id:path}}", get_model, methods=["GET"], include_in_schema=shown)

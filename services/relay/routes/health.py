@@ -1,5 +1,6 @@
 """Health, the queue's state, and metrics; these need no key."""
 
+from time import monotonic
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -21,7 +22,7 @@ def _told(state: State, status: str) -> dict[str, Any]:
 async def get_health(state: AppState) -> Response:
     """Whether this process takes requests; 503 while it stops."""
     told = _told(state, "draining" if state.lifecycle.draining else "healthy")
-    told |= {"agent_initialized": _is_ready(state), "session_count": state.turns.in_flight}
+    told |= {"agent_initialized": _is_ready(state), "session_count": state.session_limit.active or 0}
     return answer(told, status=503 if state.lifecycle.draining else 200)
 
 
@@ -47,24 +48,29 @@ def _is_ready(state: State) -> bool:
 @router.get("/queue/health")
 async def get_queue(state: AppState) -> Response:
     """How busy the relay is, and whether there are accounts to serve with; 503 when there is none."""
-    total = len(state.accounts)
+    counts = {"total": len(state.pool.members), "available": 0, "cooling": 0, "disabled": 0}
+    for member in state.pool.members.values():
+        seen = member.state(monotonic())
+        counts["available" if seen == "active" else seen] += 1
     told = {
-        "status": "healthy" if total else "unavailable",
-        "in_flight": state.turns.in_flight,
-        "queued": state.turns.waiting,
+        "status": "healthy" if counts["available"] else "unavailable",
+        "in_flight": state.admission.in_flight,
+        "queued": state.admission.queued,
         "max_in_flight": state.settings.relay_max_in_flight,
-        "accounts": {"total": total, "available": total, "cooling": 0, "disabled": 0},
+        "accounts": counts,
+        "sessions": {"active": state.session_limit.active, "max": state.session_limit.max},
     }
-    return answer(told, status=200 if total else 503)
+    return answer(told, status=200 if counts["available"] else 503)
 
 
 @router.get("/metrics", response_class=Response)
 async def get_metrics(state: AppState) -> Response:
     metrics = state.metrics
-    metrics.in_flight.set(state.turns.in_flight)
-    metrics.queued.set(state.turns.waiting)
+    metrics.in_flight.set(state.admission.in_flight)
+    metrics.queued.set(state.admission.queued)
     metrics.spool_entries.set(state.spool.count)
     metrics.spool_age.set(state.spool.oldest_age_seconds)
-    for account in state.accounts:
-        metrics.account_state.labels(account.id, "active").set(1)
+    metrics.account_state.clear()
+    for member in state.pool.members.values():
+        metrics.account_state.labels(member.account.id, member.state(monotonic())).set(1)
     return exposition(metrics.registry)

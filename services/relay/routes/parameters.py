@@ -24,3 +24,4 @@ async def _caller_key(request: Request, state: AppState) -> keys.Key:
 
 CallerKey = Annotated[keys.Key, Depends(_caller_key)]
 SessionId = Annotated[values.SessionId, Path()]
+TurnId = Annotated[values.MessageId, Path()]

@@ -22,7 +22,10 @@ async def get_session(session_id: SessionId, state: AppState, key: CallerKey) ->
 async def close_session(session_id: SessionId, state: AppState, key: CallerKey) -> Response:
     """Ends the session. Its history stays stored; the id may be used again, and then begins anew."""
     session = SessionKey(key.user_id, session_id)
+    was_active = (await state.sessions.get_session(session)).is_active
     await state.sessions.end_session(session)
+    if was_active:
+        state.session_limit.closed()
     return answer(_shown(await state.sessions.get_session(session)))
 
 

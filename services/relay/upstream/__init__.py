@@ -23,6 +23,7 @@ import httpx
 from shared.json import dumps
 
 MESSAGES_PATH = "/v1/messages"
+MODELS_PATH = "/v1/models"
 COUNT_TOKENS_PATH = "/v1/messages/count_tokens"
 ANSWER_LIMIT_BYTES = 64 * 2**20
 
@@ -139,6 +140,10 @@ class Upstream(Protocol):
 
         Raises UpstreamError. Cancelling it ends the connection.
         """
+        ...
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The models that it has, as it describes them, each with an `id`; raises UpstreamError."""
         ...
 
 

@@ -5,6 +5,7 @@ redirect followed), and the API key leaves only in the `x-api-key` header to `ba
 """
 
 import asyncio
+import json
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -12,13 +13,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Any
 
 import aiohttp
 import httpx
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp_socks import ProxyConnectionError, ProxyConnector, ProxyError, ProxyTimeoutError
 from httpx_aiohttp import AiohttpTransport
 
 from services.relay.upstream import (
+    MODELS_PATH,
     UpstreamAnswer,
     UpstreamError,
     UpstreamProtocolError,
@@ -37,10 +41,17 @@ UNSENT_SECONDS = 120.0
 _USER_AGENT = f"session-relay/{__version__}"
 _READ_BUFFER_BYTES = 16 * 2**10
 
+_MODELS_AT_ONCE = 1000
+_MODELS_BYTES = 2**20
 _SPENT = httpx.Request("POST", "http://spent.invalid")
 
 # What the transport lets through besides its own mapping: the HTTP parser's errors and bare socket errors.
-_FAULTS = (httpx.HTTPError, aiohttp.ClientError, HttpProcessingError, OSError)
+_PROXY_FAULTS = (ProxyError, ProxyConnectionError, ProxyTimeoutError)
+_FAULTS = (httpx.HTTPError, aiohttp.ClientError, HttpProcessingError, OSError, *_PROXY_FAULTS)
+_NO_CONNECTION = (
+    *(aiohttp.ClientConnectorError, aiohttp.InvalidURL, aiohttp.ClientHttpProxyError),
+    *(ProxyError, ProxyConnectionError),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,24 +64,27 @@ class Timeouts:
     plain_seconds: float = 600.0
 
 
-def create_client() -> httpx.AsyncClient:
-    """The HTTP client that all accounts without a proxy share. Close it with `aclose`.
+def create_client(proxy_url: str | None = None) -> httpx.AsyncClient:
+    """The HTTP client that all accounts with this proxy, or with none, share. Close it with `aclose`.
 
     No limit on connections: how many calls run at once is decided before they get here.
     """
     tls = httpx.create_ssl_context()
+    is_socks = proxy_url is not None and proxy_url.startswith("socks")
+
+    def connector() -> aiohttp.BaseConnector:
+        if proxy_url is not None and is_socks:
+            return ProxyConnector.from_url(proxy_url, limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=tls, rdns=True)
+        return aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=tls, socket_factory=_socket)
 
     def session() -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=tls, socket_factory=_socket
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            read_bufsize=_READ_BUFFER_BYTES,
+            connector=connector(), cookie_jar=aiohttp.DummyCookieJar(), read_bufsize=_READ_BUFFER_BYTES
         )
 
+    proxy = None if proxy_url is None or is_socks else httpx.Proxy(proxy_url)
     return httpx.AsyncClient(
-        transport=AiohttpTransport(verify=tls, client=session),
+        transport=AiohttpTransport(verify=tls, client=session, proxy=proxy),
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         headers={"user-agent": _USER_AGENT, "accept-encoding": "identity"},
         trust_env=False,
@@ -98,7 +112,7 @@ class AnthropicUpstream:
         self, client: httpx.AsyncClient, *, base_url: str, api_key: str, timeouts: Timeouts | None = None
     ) -> None:
         self._client = client
-        self._base_url = _checked_base_url(base_url)
+        self._base_url = checked_base_url(base_url)
         self._api_key = api_key.strip()
         self._timeouts = timeouts or Timeouts()
         if not (self._api_key and self._api_key.isascii() and self._api_key.isprintable()):
@@ -115,11 +129,27 @@ class AnthropicUpstream:
         """
         limits = self._timeouts
         read_seconds = limits.silence_seconds if request.stream else limits.plain_seconds
-        http_request = self._http_request(request, read_seconds)
+        return await self._send(self._http_request(request, read_seconds), read_seconds)
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The first thousand models that it lists; an UpstreamProtocolError where it lists none."""
+        headers = {"anthropic-version": DEFAULT_VERSION, "x-api-key": self._api_key}
+        url = f"{self._base_url}{MODELS_PATH}?limit={_MODELS_AT_ONCE}"
+        timeout = httpx.Timeout(self._timeouts.silence_seconds, connect=self._timeouts.connect_seconds)
+        request = self._client.build_request("GET", url, headers=headers, timeout=timeout)
+        async with await self._send(request, self._timeouts.silence_seconds) as answer:
+            content = await answer.read(_MODELS_BYTES)
+        try:
+            listed = json.loads(content)["data"]
+            return [each for each in listed if isinstance(each["id"], str)]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise UpstreamProtocolError(f"no list of models (status {answer.status})") from None
+
+    async def _send(self, request: httpx.Request, read_seconds: float) -> UpstreamAnswer:
         failure: UpstreamError | None = None
         try:
-            async with asyncio.timeout(limits.connect_seconds + read_seconds):  # uploading included
-                response = await self._client.send(http_request, stream=True, follow_redirects=False)
+            async with asyncio.timeout(self._timeouts.connect_seconds + read_seconds):  # uploading included
+                response = await self._client.send(request, stream=True, follow_redirects=False)
         except _FAULTS as fault:
             failure = _failure(fault, nothing_received=True)
         if failure is not None:  # raised out here, so that no chain leads to the request and its key
@@ -151,7 +181,8 @@ class AnthropicUpstream:
             raise ValueError("a query string that no URL can hold") from None
 
 
-def _checked_base_url(base_url: str) -> str:
+def checked_base_url(base_url: str) -> str:
+    """The URL without a slash at its end; raises ValueError, which does not repeat it."""
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL:
@@ -192,8 +223,8 @@ def _failure(fault: BaseException, *, nothing_received: bool) -> UpstreamError:
     """The error by its cause under the transport's mapping, which calls a lost connection a timeout."""
     cause = fault if isinstance(fault, TimeoutError) else fault.__cause__ or fault
     reason = type(cause).__name__
-    if isinstance(cause, TimeoutError):
+    if isinstance(cause, TimeoutError | ProxyTimeoutError):
         return UpstreamTimeout(f"upstream took too long ({reason})", nothing_received=nothing_received)
-    if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.InvalidURL):
+    if isinstance(cause, _NO_CONNECTION):
         return UpstreamUnreachable(f"no connection to upstream ({reason})", nothing_received=True)
     return UpstreamProtocolError(f"upstream broke off ({reason})", nothing_received=nothing_received)

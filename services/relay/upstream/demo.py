@@ -39,6 +39,10 @@ class DemoUpstream:
             return _answer(200, "text/event-stream; charset=utf-8", chunks)
         return _answer(200, "application/json", _once(_whole(message, model_reply)))
 
+    async def models(self) -> list[dict[str, Any]]:
+        """It has one, whatever name it is asked by."""
+        return []
+
     async def _paced(self, events: Iterator[tuple[str, dict[str, Any]]]) -> AsyncIterator[bytes]:
         for name, data in events:
             if name == "content_block_delta":

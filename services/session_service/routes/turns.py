@@ -1,4 +1,4 @@
-"""/sessions/{session_id}/turns and the context that a turn begins with."""
+"""/sessions/{session_id}/turns and the context that a turn begins with; a turn by its id alone."""
 
 from typing import Annotated
 
@@ -35,13 +35,13 @@ from shared.errors import (
     VersionMismatch,
 )
 
-router = APIRouter(route_class=CreatingRoute, tags=["turns"], prefix="/api/v1/sessions/{session_id}")
+router = APIRouter(route_class=CreatingRoute, tags=["turns"], prefix="/api/v1")
 
 Budget = Annotated[int | None, Query(ge=1, le=2**31 - 1)]
 
 
 @router.post(
-    "/turns",
+    "/sessions/{session_id}/turns",
     response_model=wire.TurnOpened,
     responses=creating_errors(
         SessionNotFound,
@@ -81,7 +81,7 @@ async def open_turn(
     return answer(opened)
 
 
-@router.get("/turns", response_model=wire.TurnList, responses=errors(SessionNotFound))
+@router.get("/sessions/{session_id}/turns", response_model=wire.TurnList, responses=errors(SessionNotFound))
 async def list_turns(
     session_id: SessionId,
     user_id: UserId,
@@ -92,13 +92,21 @@ async def list_turns(
     return answer(await turns.list_turns(db, user_id, session_id, limit=limit, cursor=cursor))
 
 
-@router.get("/turns/{turn_id}", response_model=wire.Turn, responses=errors(SessionNotFound, TurnNotFound))
+@router.get(
+    "/sessions/{session_id}/turns/{turn_id}", response_model=wire.Turn, responses=errors(SessionNotFound, TurnNotFound)
+)
 async def get_turn(session_id: SessionId, turn_id: OtherId, user_id: UserId, db: Db) -> Response:
     return answer(await turns.get(db, user_id, session_id, turn_id))
 
 
+@router.get("/turns/{turn_id}", response_model=wire.Turn, responses=errors(TurnNotFound))
+async def find_turn(turn_id: OtherId, user_id: UserId, db: Db) -> Response:
+    """The user's turn of this id, whatever its session; of several (a session and its import) the newest opened."""
+    return answer(await turns.find(db, user_id, turn_id))
+
+
 @router.post(
-    "/turns/{turn_id}/renew",
+    "/sessions/{session_id}/turns/{turn_id}/renew",
     response_model=wire.TurnRenewed,
     responses=body_errors(SessionNotFound, TurnNotFound, TurnClosed, LeaseLost),
 )
@@ -109,7 +117,7 @@ async def renew_turn(
 
 
 @router.post(
-    "/turns/{turn_id}/complete",
+    "/sessions/{session_id}/turns/{turn_id}/complete",
     response_model=wire.TurnCompleted,
     responses=body_errors(SessionNotFound, TurnNotFound, TurnClosed, LeaseLost, MessageExists),
 )
@@ -122,7 +130,9 @@ async def complete_turn(
     return answer(completed)
 
 
-@router.get("/context", response_model=wire.Context, responses=errors(SessionNotFound, ContextTooSmall))
+@router.get(
+    "/sessions/{session_id}/context", response_model=wire.Context, responses=errors(SessionNotFound, ContextTooSmall)
+)
 async def get_context(
     session_id: SessionId,
     user_id: UserId,

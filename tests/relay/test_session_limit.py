@@ -1,0 +1,321 @@
+"""The limit of active sessions, by itself, against a real session_service that nobody else uses."""
+
+import asyncio
+import os
+import re
+import signal
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from time import monotonic
+
+import httpx
+import pytest
+
+from services.relay.errors import TooManySessions, claude_body
+from services.relay.session_limit import SessionLimit
+from shared import wire
+from shared.discovery import Instances
+from shared.errors import SessionServiceUnavailable
+from shared.session_client import SessionClient, SessionKey
+from tests.processes import Process, free_port, start_session_service
+
+
+@pytest.fixture
+def store(own_database: str, scratch: Path) -> Iterator[Process]:
+    with start_session_service(own_database, scratch, free_port()) as process:
+        yield process
+
+
+@pytest.fixture
+def exact_store(own_database: str, scratch: Path) -> Iterator[Process]:
+    """One that counts anew each time it is asked."""
+    with start_session_service(own_database, scratch, free_port(), STATS_CACHE_SECONDS="0") as process:
+        yield process
+
+
+class Relay:
+    """What a relay does with its limit, one turn after the other."""
+
+    def __init__(self, client: SessionClient, max_sessions: int) -> None:
+        self.client = client
+        self.limit = SessionLimit(client, max_sessions=max_sessions)
+
+    async def turn(self, key: SessionKey, *, is_new: bool = False, if_exists: wire.IfExists = "restart") -> None:
+        """A whole turn in this session, made or brought back where need be; raises TooManySessions."""
+        request = wire.OpenTurn(
+            messages=[wire.NewMessage(role="user", content="Hi")],
+            create_session=wire.CreateSessionInTurn(if_exists=if_exists),
+        )
+        await self.limit.check(key, is_new=is_new)
+        try:
+            opened = await self.client.open_turn(key, request)
+            self.limit.opened(opened.session)
+        finally:
+            self.limit.leave(key)
+        answer = wire.NewMessage(role="assistant", content="Hello")
+        done = wire.CompleteTurn(lease_token=opened.lease_token, status="completed", messages=[answer])
+        await self.client.complete_turn(key, opened.turn_id, done)
+
+    async def close(self, key: SessionKey) -> None:
+        await self.client.end_session(key)
+        self.limit.closed()
+
+
+MakeRelay = Callable[..., Relay]
+
+
+@asynccontextmanager
+async def relays(store: Process, max_sessions: int = 2) -> AsyncIterator[MakeRelay]:
+    """Makes relays in front of this store."""
+    client = SessionClient(Instances([store.url]), timeout_seconds=5, connect_timeout_seconds=1)
+    try:
+        yield lambda max_sessions=max_sessions: Relay(client, max_sessions)
+    finally:
+        await client.close()
+
+
+@asynccontextmanager
+async def counting(limit: SessionLimit) -> AsyncIterator["asyncio.Task[None]"]:
+    task = asyncio.create_task(limit.keep_counting())
+    try:
+        yield task
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+def new_key() -> SessionKey:
+    return SessionKey("user", f"s-{uuid.uuid4().hex[:12]}")
+
+
+async def refused(turn: Awaitable[None]) -> TooManySessions:
+    with pytest.raises(TooManySessions) as raised:
+        await turn
+    return raised.value
+
+
+def calls_of(store: Process, path: str, method: str = "GET") -> int:
+    """How often the store was asked this."""
+    metrics = httpx.get(f"{store.url}/metrics", timeout=5, trust_env=False).text
+    pattern = (
+        rf'^sessions_http_request_duration_seconds_count{{method="{method}",route="{re.escape(path)}",[^}}]*}} ([\d.]+)'
+    )
+    return sum(int(float(count)) for count in re.findall(pattern, metrics, re.MULTILINE))
+
+
+@contextmanager
+def frozen(process: Process) -> Iterator[None]:
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+
+
+# ── one relay ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("are_new", [True, False])
+async def test_the_third_is_refused_the_two_go_on_and_one_closed_makes_room(store: Process, are_new: bool) -> None:
+    async with relays(store) as make:
+        relay = make()
+        assert (relay.limit.max, relay.limit.active) == (2, None)
+        first, second, third, fourth = (new_key() for _ in range(4))
+        await relay.turn(first, is_new=are_new)
+        assert relay.limit.active == 1
+        await relay.turn(second, is_new=are_new)
+        assert relay.limit.active == 2
+        error = await refused(relay.turn(third, is_new=are_new))
+        assert error.headers() == {"retry-after": "5"}
+        assert claude_body(error, "r")["error"]["type"] == "rate_limit_error"
+        for _ in range(3):
+            await relay.turn(first)
+            await relay.turn(second)
+        assert relay.limit.active == 2
+        await refused(relay.turn(third, is_new=are_new))
+        await relay.close(first)
+        assert relay.limit.active == 1
+        await relay.turn(third, is_new=are_new)
+        await refused(relay.turn(fourth, is_new=are_new))
+        await refused(relay.turn(first))  # it is closed, so that it would be a third one
+        await relay.close(second)
+        await relay.turn(first)
+        assert relay.limit.active == 2
+
+
+async def test_it_stays_exact_whatever_the_age_of_the_stores_count(store: Process) -> None:
+    async with relays(store) as make:
+        relay = make()
+        async with counting(relay.limit):
+            keys = [new_key(), new_key()]
+            for key in keys:
+                await relay.turn(key)
+            deadline = monotonic() + 14  # two counts of the store's, and two askings, at any distance from each other
+            while monotonic() < deadline:
+                assert relay.limit.active == 2
+                await refused(relay.turn(new_key(), is_new=True))
+                await relay.close(keys[0])
+                keys[0] = new_key()
+                await relay.turn(keys[0])
+                await relay.turn(keys[1])
+                await asyncio.sleep(0.3)
+
+
+@pytest.mark.parametrize("are_new", [True, False])
+async def test_of_many_at_once_as_many_get_in_as_may(store: Process, are_new: bool) -> None:
+    async with relays(store) as make:
+        relay = make(3)
+        results = await asyncio.gather(
+            *(relay.turn(new_key(), is_new=are_new) for _ in range(20)), return_exceptions=True
+        )
+        assert results.count(None) == 3
+        assert all(isinstance(result, TooManySessions | None) for result in results)
+        assert relay.limit.active == 3
+
+
+async def test_turns_in_an_active_session_take_no_room_from_new_ones(store: Process) -> None:
+    async with relays(store) as make:
+        relay = make()
+        first = new_key()
+        await relay.turn(first)
+        for _ in range(5):
+            keys = [new_key() for _ in range(2)]
+            results = await asyncio.gather(
+                relay.turn(first), *(relay.turn(key) for key in keys), return_exceptions=True
+            )
+            assert results[0] is None
+            assert sorted(map(type, results[1:]), key=str) == [type(None), TooManySessions]
+            await relay.close(keys[0] if results[1] is None else keys[1])
+
+
+@pytest.mark.parametrize("if_exists", ["restart", "resume"])
+async def test_a_session_that_is_brought_back_counts(store: Process, if_exists: wire.IfExists) -> None:
+    async with relays(store) as make:
+        relay = make(1)
+        first, second = new_key(), new_key()
+        await relay.turn(first)
+        await relay.close(first)
+        await relay.turn(first, if_exists=if_exists)
+        await refused(relay.turn(second))
+        await relay.close(first)
+        await relay.turn(second)
+
+
+async def test_a_turn_that_does_not_open_gives_its_room_back(store: Process) -> None:
+    async with relays(store) as make:
+        relay = make(1)
+        for _ in range(3):
+            key = new_key()
+            await relay.limit.check(key, is_new=True)
+            await relay.limit.check(key, is_new=True)
+            await refused(relay.limit.check(new_key(), is_new=False))
+            for _ in range(2):
+                relay.limit.leave(key)
+            assert relay.limit.active == 0
+        await relay.turn(new_key())
+        assert relay.limit.active == 1
+
+
+async def test_being_cancelled_while_the_store_is_asked_leaves_nothing_behind(exact_store: Process) -> None:
+    async with relays(exact_store) as make:
+        relay = make(1)
+        await relay.turn(new_key())
+        for is_new in (True, False):
+            await asyncio.sleep(1)  # so that it asks again
+            with frozen(exact_store):
+                asking = [asyncio.create_task(relay.limit.check(new_key(), is_new=is_new)) for _ in range(5)]
+                await asyncio.sleep(0.05)
+                for task in asking:
+                    task.cancel()
+                await asyncio.gather(*asking, return_exceptions=True)
+            assert all(task.cancelled() for task in asking)
+            assert relay.limit.active == 1
+        await refused(relay.turn(new_key()))
+
+
+# ── what it costs ───────────────────────────────────────────────────────────────────────────────
+
+
+async def test_with_ample_room_nobody_is_asked(store: Process) -> None:
+    async with relays(store) as make:
+        relay = make(1000)
+        keys = [new_key() for _ in range(10)]
+        for number, key in enumerate([*keys, *keys]):
+            await relay.turn(key, is_new=number == 3)
+        assert calls_of(store, "/api/v1/sessions/stats") == 1
+        assert calls_of(store, "/api/v1/sessions/{session_id}") == 0
+        assert relay.limit.active == 10  # those that it made, once each, though nobody was asked
+        nearly_full = make(20)
+        for key in keys:
+            await nearly_full.turn(key)
+        assert calls_of(store, "/api/v1/sessions/{session_id}") == 10
+
+
+async def test_at_the_limit_all_who_come_cost_one_count_a_second(exact_store: Process) -> None:
+    async with relays(exact_store) as make:
+        relay = make(1)
+        await relay.turn(new_key())
+        before = calls_of(exact_store, "/api/v1/sessions/stats")
+        began = monotonic()
+        while monotonic() - began < 2.5:
+            await asyncio.gather(*(refused(relay.turn(new_key(), is_new=True)) for _ in range(20)))
+        assert 2 <= calls_of(exact_store, "/api/v1/sessions/stats") - before <= 4
+        assert calls_of(exact_store, "/api/v1/sessions/{session_id}") <= 1
+
+
+# ── what others do ──────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_others_do_is_seen_when_it_matters(exact_store: Process) -> None:
+    async with relays(exact_store) as make:
+        relay, other = make(), make(10)
+        theirs = [new_key(), new_key()]
+        for key in theirs:
+            await other.turn(key)
+        await refused(relay.turn(new_key()))  # it asks before the first
+        await relay.turn(theirs[0])
+        assert relay.limit.active == 2
+        await other.client.end_session(theirs[0])
+        await asyncio.sleep(1)
+        await relay.turn(new_key())
+        await refused(relay.turn(new_key()))
+
+
+async def test_keep_counting_sees_what_others_do(exact_store: Process) -> None:
+    async with relays(exact_store) as make:
+        relay, other = make(), make(10)
+        await other.turn(new_key())
+        async with counting(relay.limit) as task:
+            await _until(relay.limit, 1, 3)
+            await other.turn(new_key())
+            await _until(relay.limit, 2, 10)
+            with frozen(exact_store):
+                await asyncio.sleep(6)  # an asking that gets no answer
+                assert relay.limit.active == 2
+                assert not task.done()
+            await other.turn(new_key())
+            await _until(relay.limit, 3, 10)
+
+
+async def _until(limit: SessionLimit, active: int, seconds: float) -> None:
+    deadline = monotonic() + seconds
+    while limit.active != active:
+        assert monotonic() < deadline, f"{limit.active} are active"
+        await asyncio.sleep(0.02)
+
+
+async def test_a_store_that_is_away_is_the_turns_affair(store: Process) -> None:
+    async with relays(store) as make:
+        relay, fresh = make(1), make(1)
+        first = new_key()
+        await relay.turn(first)
+        store.kill()
+        await refused(relay.limit.check(new_key(), is_new=True))
+        with pytest.raises(SessionServiceUnavailable):
+            await relay.limit.check(first, is_new=False)
+        assert relay.limit.active == 1
+        await fresh.limit.check(new_key(), is_new=True)  # it knows of none
+        assert fresh.limit.active is None
