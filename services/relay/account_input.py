@@ -5,7 +5,15 @@ Its one invariant: secrets are sealed here, before anything is stored, and no er
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from uuid_utils import uuid7
 
 from services.relay.accounts import Account
@@ -45,14 +53,23 @@ def _checked_proxy(url: str) -> str:
     return url
 
 
+def _checked_models(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    """One message for all that is wrong, instead of one for each form that it could have."""
+    try:
+        checked: list[str] | dict[str, str] = check(value)
+    except ValidationError:
+        raise ValueError("must be a list of names, or an object from names to upstream's names") from None
+    if len(checked) > _MAX_MODELS:
+        raise ValueError(f"must be {_MAX_MODELS} at most")
+    return checked
+
+
 Name = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_checked_name)]
 BaseUrl = Annotated[str, Field(min_length=1, max_length=2000), AfterValidator(_checked_url)]
 ApiKey = Annotated[str, Field(min_length=1, max_length=10_000), AfterValidator(_checked_api_key)]
 ProxyUrl = Annotated[str, Field(max_length=2000), AfterValidator(_checked_proxy)]
 Model = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
-Models = (
-    Annotated[list[Model], Field(max_length=_MAX_MODELS)] | Annotated[dict[Model, Model], Field(max_length=_MAX_MODELS)]
-)
+Models = Annotated[list[Model] | dict[Model, Model], WrapValidator(_checked_models)]
 Priority = Annotated[int, Field(ge=-1_000_000, le=1_000_000)]
 Weight = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
 MaxConcurrency = Annotated[int, Field(ge=0, le=10_000)]

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from services.relay import prices
 from services.relay.assembly import storable
 from services.relay.history import REPLACED
 from services.relay.upstream.demo_model import estimate_tokens, input_tokens
@@ -47,11 +48,13 @@ def completion(answer: Answer, *, lease_token: str, prefill: list[Block], body: 
     messages = []
     if blocks or (prefill and answer.status == "completed"):
         messages.append(_message(_joined(prefill, blocks), metadata))
+    model = _name(message.get("model")) or _name(body.get("model"))
     return wire.CompleteTurn(
         lease_token=lease_token,
         status=answer.status,
         messages=messages,
         usage=usage if answer.message is not None else None,
+        cost_usd=prices.cost_usd(model or "", usage) if answer.message is not None else None,
         stop_reason=_name(message.get("stop_reason")),
         model=_name(message.get("model")),
         upstream=storable(answer.upstream)[0] or None,

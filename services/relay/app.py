@@ -17,13 +17,15 @@ from services.relay.account_use import AccountUse
 from services.relay.admission import Admission
 from services.relay.affinity import Affinity
 from services.relay.attempts import Asking
+from services.relay.callers import Callers
 from services.relay.changes import Changes
 from services.relay.idempotency import Idempotency
+from services.relay.key_limits import GIVE_BACK_SECONDS, RENEW_SECONDS, KeyLimits
 from services.relay.metrics import Metrics
 from services.relay.models import Models
 from services.relay.parts import Parts
 from services.relay.pool import Pool
-from services.relay.routes import accounts, claude, health, sessions, turns
+from services.relay.routes import accounts, api_keys, claude, health, sessions, turns
 from services.relay.routes.rendering import on_service_error, render
 from services.relay.sealing import Sealer
 from services.relay.session_limit import SessionLimit
@@ -74,6 +76,8 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
     asking = Asking(pool, settings, metrics)
     affinity = Affinity(database)
     use = AccountUse(database, pool, relay_id)
+    callers = Callers(database, secrets.pepper)
+    key_limits = KeyLimits(database)
     records = Idempotency(database)
     limit = SessionLimit(client, max_sessions=settings.relay_max_sessions)
     admission = Admission(
@@ -87,6 +91,8 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
         Chore("slots", slots.RENEW_SECONDS, held.renew),
         Chore("affinities", _USE_SECONDS, affinity.save),
         Chore("old_affinities", _OLD_SECONDS, affinity.forget),
+        Chore("key_reservations", RENEW_SECONDS, key_limits.renew),
+        Chore("given_back_reservations", GIVE_BACK_SECONDS, key_limits.give_back),
         Chore("idempotency", _OLD_SECONDS, records.sweep),
         Chore("gone_relays", _OLD_SECONDS, partial(account_use.keep_gone, database)),
     ]
@@ -98,7 +104,8 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
         metrics=metrics,
         instances=instances,
         sessions=client,
-        keys=keys.Keys(database, secrets.pepper),
+        callers=callers,
+        key_limits=key_limits,
         asking=asking,
         sealer=sealer,
         ways=ways,
@@ -107,7 +114,7 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
         spool=spool,
         admission=admission,
         session_limit=limit,
-        turns=Turns(Parts(settings, client, asking, affinity, spool, metrics, admission, limit, records)),
+        turns=Turns(Parts(settings, client, asking, affinity, spool, metrics, admission, limit, records, key_limits)),
     )
 
     @asynccontextmanager
@@ -116,6 +123,7 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
             asyncio.create_task(_open(state, chores)),
             asyncio.create_task(spool.keep_delivering()),
             asyncio.create_task(limit.keep_counting()),
+            asyncio.create_task(key_limits.keep_saving()),
         ]
         if settings.consul_host:
             beside.append(asyncio.create_task(_watch(state)))
@@ -129,6 +137,7 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
                     await task
             await pool.stop(_SETTLE_SECONDS)
             with suppress(Unavailable):
+                await key_limits.save()
                 await use.tell()
                 await affinity.save()
             await client.close()
@@ -143,7 +152,7 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
     )
     app.state.relay = state
     app.state.limits = None
-    for routes in (claude, accounts, sessions, turns, health):
+    for routes in (claude, accounts, api_keys, sessions, turns, health):
         app.include_router(routes.router)
     describe(app)
     app.add_exception_handler(ServiceError, on_service_error)
@@ -165,7 +174,8 @@ async def _open(state: State, chores: list[Chore]) -> None:
                 await state.database.open()
             if await first_accounts.tables_exist(state.database, state.database.schema):
                 if state.secrets.api_key is not None:
-                    await state.keys.add(state.secrets.api_key, user_id=development.USER_ID, name="development")
+                    owner = {"user_id": development.USER_ID, "name": "development"}
+                    await keys.add(state.database, str(uuid7()), state.secrets.pepper, state.secrets.api_key, owner)
                 await first_accounts.make(state.database, state.settings, state.sealer)
                 await state.pool.refresh()
                 state.is_ready = True
@@ -176,7 +186,8 @@ async def _open(state: State, chores: list[Chore]) -> None:
             log.warning("database_unreachable")
         await asyncio.sleep(_RETRY_SECONDS)
     url = state.settings.listen_database_url.get_secret_value() or state.database.url
-    changes = Changes(url, state.database.schema, state.pool.refresh)
+    readers = {"relay_accounts": state.pool.refresh, "relay_api_keys": state.callers.forget}
+    changes = Changes(url, state.database.schema, readers)
     await asyncio.gather(changes.run(), upkeep.keep(chores))
 
 

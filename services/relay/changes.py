@@ -1,12 +1,13 @@
 """Hearing of it when a table of the relay changes, whoever changed it.
 
-Its one invariant: `refresh` is called within a second of any change: Postgres notifies at once, and where that fails
-(no connection, a pooler that swallows it) the second that has passed is enough.
+Its one invariant: what reads a table is called within a second or so of any change. Postgres notifies at once; that
+it is heard is tried every second, and as long as it is not (no connection, a pooler that swallows it), everything is
+read every second.
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 import asyncpg
@@ -17,21 +18,27 @@ from shared.errors import Unavailable
 log = structlog.get_logger(__name__)
 
 _EVERY_SECONDS: Final = 1.0
-_AGAIN_SECONDS: Final = 2.0
 _CONNECT_SECONDS: Final = 3.0
-_HEARD_SECONDS: Final = 5.0
 _HELLO: Final = "hello"
+_FAULTS: Final = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+Read = Callable[[], Awaitable[None]]
 
 
 class Changes:
-    """Listens on the channel that the tables' triggers notify: `relay_` and the schema's name."""
+    """Listens on the channel that the tables' triggers notify: `relay_` and the schema's name.
 
-    def __init__(self, url: str, schema: str, refresh: Callable[[], Awaitable[None]]) -> None:
+    `readers` are called by the name of the table that has changed.
+    """
+
+    def __init__(self, url: str, schema: str, readers: Mapping[str, Read]) -> None:
         self._url = url
         self._channel = f"relay_{schema}"
-        self._refresh = refresh
-        self._changed = asyncio.Event()
+        self._readers = readers
+        self._changed: set[str] = set()
+        self._news = asyncio.Event()
         self._heard = asyncio.Event()
+        self._is_hearing = False
 
     async def run(self) -> None:
         """For ever."""
@@ -39,45 +46,59 @@ class Changes:
         try:
             while True:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), _EVERY_SECONDS)
+                    await asyncio.wait_for(self._news.wait(), _EVERY_SECONDS)
+                self._news.clear()
+                tables = set(self._changed) if self._is_hearing else set(self._readers)
                 self._changed.clear()
-                try:
-                    await self._refresh()
-                except Unavailable as error:
-                    log.warning("refresh_delayed", reason=error.code)
+                for table in tables:
+                    await self._read(table)
         finally:
             listening.cancel()
             await asyncio.gather(listening, return_exceptions=True)
 
+    async def _read(self, table: str) -> None:
+        try:
+            await self._readers[table]()
+        except Unavailable as error:
+            self._changed.add(table)
+            log.warning("refresh_delayed", table=table, reason=error.code)
+
     async def _keep_listening(self) -> None:
         while True:
             try:
-                async with self._listening() as ended:
-                    await ended.wait()
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+                await self._listen()
+            except _FAULTS as error:
                 log.info("not_listening", reason=type(error).__name__)
-            await asyncio.sleep(_AGAIN_SECONDS)
+            await asyncio.sleep(_EVERY_SECONDS)
 
-    @contextlib.asynccontextmanager
-    async def _listening(self) -> AsyncIterator[asyncio.Event]:
-        connection = await asyncpg.connect(self._url, timeout=_CONNECT_SECONDS)
-        ended = asyncio.Event()
+    async def _listen(self) -> None:
+        """Listens until it no longer hears itself; raises one of _FAULTS."""
+        connection = await asyncpg.connect(self._url, timeout=_CONNECT_SECONDS, command_timeout=_CONNECT_SECONDS)
         try:
-            connection.add_termination_listener(lambda _: ended.set())
             await connection.add_listener(self._channel, self._on_notify)
-            self._heard.clear()
-            await connection.execute("SELECT pg_notify($1, $2)", self._channel, _HELLO)
-            try:
-                await asyncio.wait_for(self._heard.wait(), _HEARD_SECONDS)
-            except TimeoutError:
-                log.warning("notifications_not_heard", hint="LISTEN_DATABASE_URL must not lead through a pooler")
-            self._changed.set()  # what changed before we listened
-            yield ended
+            while True:
+                self._heard.clear()
+                await connection.execute("SELECT pg_notify($1, $2)", self._channel, _HELLO)
+                try:
+                    await asyncio.wait_for(self._heard.wait(), _EVERY_SECONDS)
+                except TimeoutError:
+                    if self._is_hearing:
+                        raise
+                    log.warning("notifications_not_heard", hint="LISTEN_DATABASE_URL must not lead through a pooler")
+                    return
+                if not self._is_hearing:  # what changed before is not known
+                    self._changed |= set(self._readers)
+                    self._is_hearing = True
+                    self._news.set()
+                await asyncio.sleep(_EVERY_SECONDS)
         finally:
-            with contextlib.suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            self._is_hearing = False
+            with contextlib.suppress(*_FAULTS):
                 await connection.close(timeout=1)
 
     def _on_notify(self, _connection: Any, _pid: int, _channel: str, payload: object) -> None:
-        self._heard.set()
-        if payload != _HELLO:
-            self._changed.set()
+        if payload == _HELLO:
+            self._heard.set()
+        elif payload in self._readers:
+            self._changed.add(str(payload))
+            self._news.set()

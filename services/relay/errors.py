@@ -4,6 +4,9 @@
     └── RelayError
         ├── InvalidRequest 400          the client's request, naming the field
         ├── UnknownKey 401
+        ├── NotPermitted 403            what the key may not do, or the model that it may not ask
+        ├── KeyNotFound 404
+        ├── KeyLimitReached 429         one of the key's limits, by its name
         ├── NotAdministrator 401        admin calls without the admin token
         ├── ModelNotServed 404          no account serves the model
         ├── AccountNotFound 404
@@ -59,6 +62,27 @@ class UnknownKey(RelayError):
     status = 401
     code = "unknown_key"
     default_detail = "Missing, unknown or expired API key (header x-api-key, or Authorization: Bearer)"
+
+
+class NotPermitted(RelayError):
+    status = 403
+    code = "not_permitted"
+    default_detail = "The API key has no permission for this"
+
+
+class KeyNotFound(RelayError):
+    status = 404
+    code = "key_not_found"
+    default_detail = "No API key has this id"
+
+
+class KeyLimitReached(RelayError):
+    status = 429
+    code = "key_limit_reached"
+
+    @classmethod
+    def of(cls, limit: str, *, retry_after_seconds: float) -> "KeyLimitReached":
+        return cls(f"The API key has reached its {limit}", retry_after_seconds=retry_after_seconds)
 
 
 class NotAdministrator(RelayError):

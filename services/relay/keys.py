@@ -1,125 +1,220 @@
-"""API keys: whose sessions a caller works on.
+"""API keys: the rows. Whose sessions a key works on, what it may do and how much.
 
 Its one invariant: of a key only its keyed hash is ever stored, held or compared.
-
-Looking a key up costs no round trip while it was looked up less than CACHE_SECONDS ago, so an edit of the table
-takes effect within that time. When the database is away, a key that was good at the last look stays good.
 """
 
-import asyncio
 import hashlib
 import hmac
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from time import monotonic
-from typing import Final
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Final, Literal
 
-from sqlalchemy import bindparam, func, or_, select
+import sqlalchemy as sa
+from sqlalchemy import ARRAY, and_, bindparam, func, or_, select
 from sqlalchemy.dialects.postgresql import insert
-from uuid_utils import uuid7
+from sqlalchemy.sql.elements import ColumnElement
 
-from services.relay.errors import UnknownKey
+from services.relay.errors import KeyNotFound
 from services.relay.schema import relay_api_keys as table
-from shared.database import Conn
-from shared.errors import DatabaseUnavailable
+from services.relay.schema import relay_key_use as use
+from shared.database import Conn, Row
 
-CACHE_SECONDS: Final = 1.0
-_CACHED_KEYS: Final = 10_000
-_PREFIX_CHARACTERS: Final = 11
 KEY_PREFIX: Final = "cr_"
+_PREFIX_CHARACTERS: Final = 11
+_NOW = func.statement_timestamp()
 
-_is_valid = table.c.is_active & or_(table.c.expires_at.is_(None), table.c.expires_at > func.statement_timestamp())
-FIND = select(table.c.id, table.c.user_id).where(table.c.key_hash == bindparam("key_hash"), _is_valid)
-ADD = (
-    insert(table)
-    .values(
-        id=bindparam("id"),
-        user_id=bindparam("user_id"),
-        name=bindparam("name"),
-        key_hash=bindparam("key_hash"),
-        prefix=bindparam("prefix"),
-        created_at=func.statement_timestamp(),
-    )
-    .on_conflict_do_nothing(constraint="relay_api_keys_key_hash_key")
-)
+Permission = Literal["messages", "chat", "conversations"]
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A caller that was let in."""
+    """A row without what is secret. Limits are None where there is none; times are UTC."""
 
     id: str
     user_id: str
+    name: str
+    prefix: str
+    description: str
+    collect_session: bool
+    token_limit: int | None
+    concurrency_limit: int | None
+    rate_limit_window: int | None
+    """Minutes."""
+    rate_limit_requests: int | None
+    daily_cost_limit: Decimal | None
+    total_cost_limit: Decimal | None
+    permissions: Literal["all"] | list[Permission]
+    allowed_models: list[str]
+    expires_at: datetime | None
+    is_active: bool
+    tags: list[str]
+    created_at: datetime
+    updated_at: datetime | None
+    deleted_at: datetime | None
 
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    key: Key | None
-    at: float
-
-
-def presented(headers: Mapping[str, str]) -> str | None:
-    """The key that a request shows, in `x-api-key` or as a bearer token."""
-    if key := headers.get("x-api-key", "").strip():
-        return key
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    return token.strip() or None if scheme.lower() == "bearer" else None
-
-
-class Keys:
-    """The keys in the database, those seen lately at hand."""
-
-    def __init__(self, conn: Conn, pepper: str) -> None:
-        self._conn = conn
-        self._pepper = pepper.encode()
-        self._seen: OrderedDict[bytes, _Seen] = OrderedDict()
-        self._looking: dict[bytes, asyncio.Task[Key | None]] = {}
-
-    async def authenticate(self, secret: str | None) -> Key:
-        """The key's id and user; raises UnknownKey for a missing, unknown, revoked or expired one."""
-        if not secret:
-            raise UnknownKey
-        digest = self._digest(secret)
-        seen = self._seen.get(digest)
-        key = seen.key if seen and monotonic() - seen.at < CACHE_SECONDS else await self._look_up(digest, seen)
-        if key is None:
-            raise UnknownKey
-        return key
-
-    async def add(self, secret: str, *, user_id: str, name: str) -> None:
-        """Stores the key's hash; does nothing when it is stored already, whatever became of it since."""
-        await self._conn.rows(
-            ADD,
-            id=str(uuid7()),
-            user_id=user_id,
-            name=name,
-            key_hash=self._digest(secret),
-            prefix=secret[:_PREFIX_CHARACTERS],
+    @property
+    def is_limited(self) -> bool:
+        return any(
+            (
+                self.token_limit,
+                self.concurrency_limit,
+                self.rate_limit_requests,
+                self.daily_cost_limit,
+                self.total_cost_limit,
+            )
         )
 
-    def _digest(self, secret: str) -> bytes:
-        return hmac.digest(self._pepper, secret.encode("utf-8", "surrogateescape"), hashlib.sha256)
+    def may(self, permission: Permission) -> bool:
+        return self.permissions == "all" or permission in self.permissions
 
-    async def _look_up(self, digest: bytes, seen: _Seen | None) -> Key | None:
-        """One query for all who ask for the same key at the same time."""
-        looking = self._looking.get(digest)
-        if looking is None:
-            looking = self._looking[digest] = asyncio.create_task(self._find(digest))
-            looking.add_done_callback(lambda _: self._looking.pop(digest, None))
-        try:
-            return await asyncio.shield(looking)
-        except DatabaseUnavailable:
-            if seen is not None and seen.key is not None:
-                return seen.key
-            raise
+    def may_ask(self, model: str) -> bool:
+        return not self.allowed_models or model in self.allowed_models
 
-    async def _find(self, digest: bytes) -> Key | None:
-        at = monotonic()
-        row = await self._conn.row(FIND, key_hash=digest)
-        key = None if row is None else Key(row["id"], row["user_id"])
-        self._seen[digest] = _Seen(key, at)
-        self._seen.move_to_end(digest)
-        if len(self._seen) > _CACHED_KEYS:
-            self._seen.popitem(last=False)
-        return key
+
+_COLUMNS: Final = tuple(table.c[name] for name in Key.__dataclass_fields__)
+_this = table.c.id == bindparam("id")
+CHANGEABLE: Final = (
+    *("name", "user_id", "description", "collect_session", "token_limit", "concurrency_limit"),
+    *("rate_limit_window", "rate_limit_requests", "daily_cost_limit", "total_cost_limit"),
+    *("permissions", "allowed_models", "expires_at", "is_active", "tags"),
+)
+_values = {name: bindparam(name, type_=table.c[name].type) for name in CHANGEABLE}
+
+FIND = select(*_COLUMNS).where(table.c.key_hash == bindparam("key_hash"))
+GET = select(*_COLUMNS).where(_this)
+LOCK = GET.with_for_update()
+ADD = (
+    insert(table)
+    .values(
+        id=bindparam("id"),
+        key_hash=bindparam("key_hash", type_=sa.LargeBinary),
+        prefix=bindparam("prefix"),
+        created_at=_NOW,
+        updated_at=_NOW,
+        **_values,
+    )
+    .on_conflict_do_nothing(constraint="relay_api_keys_key_hash_key")
+    .returning(*_COLUMNS)
+)
+CHANGE = sa.update(table).where(_this).values(**_values, updated_at=_NOW).returning(*_COLUMNS)
+DELETE = (
+    sa.update(table)
+    .where(_this)
+    .values(deleted_at=func.coalesce(table.c.deleted_at, _NOW), updated_at=_NOW)
+    .returning(*_COLUMNS)
+)
+RESTORE = sa.update(table).where(_this).values(deleted_at=sa.null(), updated_at=_NOW).returning(*_COLUMNS)
+
+_search = bindparam("search", type_=sa.Text)
+_tag = bindparam("tag", type_=sa.Text)
+_active = bindparam("active", type_=sa.Boolean)
+_listed: ColumnElement[bool] = and_(
+    table.c.deleted_at.is_(None),
+    or_(
+        _search.is_(None),
+        func.strpos(func.lower(table.c.name), func.lower(_search)) > 0,
+        func.strpos(func.lower(table.c.description), func.lower(_search)) > 0,
+        table.c.id == _search,
+        func.starts_with(_search, table.c.prefix),
+    ),
+    or_(_tag.is_(None), table.c.tags.contains(func.to_jsonb(_tag))),
+    or_(_active.is_(None), table.c.is_active == _active),
+)
+LIST = (
+    select(*_COLUMNS)
+    .where(_listed)
+    .order_by(table.c.created_at, table.c.id)
+    .limit(bindparam("limit", type_=sa.Integer))
+    .offset(bindparam("offset", type_=sa.Integer))
+)
+COUNT = select(func.count()).select_from(table).where(_listed)
+
+_today = func.timezone("UTC", _NOW).cast(sa.Date)
+USE = select(
+    use.c.key_id,
+    *(use.c[name] for name in ("requests", "tokens", "cost", "last_used_at", "in_flight")),
+    *(
+        sa.case((use.c.day == _today, use.c[f"day_{name}"]), else_=0).label(f"day_{name}")
+        for name in ("requests", "tokens", "cost")
+    ),
+).where(use.c.key_id == func.any(bindparam("ids", type_=ARRAY(sa.Text))))
+
+
+def from_row(row: Row) -> Key:
+    return Key(**dict(row.items()))
+
+
+def digest(pepper: str, secret: str) -> bytes:
+    """The keyed hash by which a key is found."""
+    return hmac.digest(pepper.encode(), secret.encode("utf-8", "surrogateescape"), hashlib.sha256)
+
+
+async def find(conn: Conn, key_hash: bytes) -> Key | None:
+    """The key with this hash, whatever its state."""
+    row = await conn.row(FIND, key_hash=key_hash)
+    return None if row is None else from_row(row)
+
+
+async def add(conn: Conn, key_id: str, pepper: str, secret: str, values: Mapping[str, Any]) -> Key | None:
+    """The new key; None when this very secret is stored already, whatever became of it since."""
+    full = {name: USUAL.get(name) for name in CHANGEABLE} | dict(values)
+    stored = {"key_hash": digest(pepper, secret), "prefix": secret[:_PREFIX_CHARACTERS]}
+    row = await conn.row(ADD, id=key_id, **stored, **full)
+    return None if row is None else from_row(row)
+
+
+USUAL: Final[dict[str, Any]] = {
+    "description": "",
+    "collect_session": False,
+    "permissions": "all",
+    "allowed_models": [],
+    "is_active": True,
+    "tags": [],
+}
+"""What a key has where nothing is said; other fields are None then."""
+
+
+async def get(conn: Conn, key_id: str) -> Key:
+    """A deleted one too; raises KeyNotFound."""
+    return _found(await conn.row(GET, id=key_id))
+
+
+async def lock(conn: Conn, key_id: str) -> Key:
+    return _found(await conn.row(LOCK, id=key_id))
+
+
+async def change(conn: Conn, key: Key, changes: Mapping[str, Any]) -> Key:
+    """Changes the columns that are given of a key that is locked."""
+    values = {name: getattr(key, name) for name in CHANGEABLE} | dict(changes)
+    return _found(await conn.row(CHANGE, id=key.id, **values))
+
+
+async def delete(conn: Conn, key_id: str) -> Key:
+    """It is refused from now on; everything else stays."""
+    return _found(await conn.row(DELETE, id=key_id))
+
+
+async def restore(conn: Conn, key_id: str) -> Key:
+    return _found(await conn.row(RESTORE, id=key_id))
+
+
+async def list_some(
+    conn: Conn, *, search: str | None, tag: str | None, is_active: bool | None, limit: int, offset: int
+) -> tuple[list[Key], int]:
+    """Keys that are not deleted, the oldest first, and how many there are in all."""
+    wanted = {"search": search, "tag": tag, "active": is_active}
+    rows = await conn.rows(LIST, **wanted, limit=limit, offset=offset)
+    return [from_row(row) for row in rows], await conn.value(COUNT, **wanted)
+
+
+async def uses(conn: Conn, ids: list[str]) -> dict[str, dict[str, Any]]:
+    """What these keys have used, by their ids; none for keys that were never used."""
+    return {row["key_id"]: dict(row.items()) for row in await conn.rows(USE, ids=ids)}
+
+
+def _found(row: Row | None) -> Key:
+    if row is None:
+        raise KeyNotFound
+    return from_row(row)

@@ -1,5 +1,7 @@
 """The relay's metrics. Never a user or a session as a label."""
 
+from decimal import Decimal
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from shared.telemetry import build_info
@@ -37,6 +39,7 @@ class Metrics:
             registry=registry,
         )
         self.tokens = Counter("relay_tokens_total", "Tokens by model and kind", ["model", "type"], registry=registry)
+        self.cost = Counter("relay_cost_usd_total", "Price of upstream's answers", ["model"], registry=registry)
         self.in_flight = Gauge("relay_in_flight_requests", "Requests that are being served", registry=registry)
         self.queued = Gauge("relay_queued_requests", "Requests that wait to be served", registry=registry)
         self.account_state = Gauge(
@@ -50,12 +53,21 @@ class Metrics:
         self._models: set[str] = set()
 
     def count_tokens(self, model: str | None, usage: dict[str, object] | None) -> None:
-        """Adds a turn's usage; models beyond the first hundred count as one, because callers make up names."""
+        """Adds a turn's usage."""
+        label = self._label(model)
+        for name, count in (usage or {}).items():
+            if name.endswith("_tokens") and isinstance(count, int):
+                self.tokens.labels(label, name.removesuffix("_tokens")).inc(count)
+
+    def count_cost(self, model: str | None, cost_usd: Decimal | None) -> None:
+        if cost_usd:
+            self.cost.labels(self._label(model)).inc(float(cost_usd))
+
+    def _label(self, model: str | None) -> str:
+        """Models beyond the first hundred count as one, because callers make up names."""
         label = model or "unknown"
         if label not in self._models:
             if len(self._models) >= _MODELS:
                 label = _OTHER_MODEL
             self._models.add(label)
-        for name, count in (usage or {}).items():
-            if name.endswith("_tokens") and isinstance(count, int):
-                self.tokens.labels(label, name.removesuffix("_tokens")).inc(count)
+        return label

@@ -6,6 +6,7 @@ import secrets
 import sys
 
 from pydantic import TypeAdapter, ValidationError
+from uuid_utils import uuid7
 
 from services.relay import development, keys
 from services.relay.settings import RelaySettings
@@ -20,7 +21,7 @@ async def make(database: Database, pepper: str, user_id: str, name: str) -> str:
     secret = keys.KEY_PREFIX + secrets.token_hex(32)
     await database.open()
     try:
-        await keys.Keys(database, pepper).add(secret, user_id=user_id, name=name)
+        await keys.add(database, str(uuid7()), pepper, secret, {"user_id": user_id, "name": name})
     finally:
         await database.close()
     return secret

@@ -10,6 +10,7 @@ from services.relay.admission import Admission
 from services.relay.affinity import Affinity
 from services.relay.attempts import Asking
 from services.relay.idempotency import Idempotency
+from services.relay.key_limits import KeyLimits
 from services.relay.keys import Key
 from services.relay.lines import Lines
 from services.relay.metrics import Metrics
@@ -54,4 +55,5 @@ class Parts:
     admission: Admission
     session_limit: SessionLimit
     idempotency: Idempotency
+    key_limits: KeyLimits
     lines: Lines = field(default_factory=Lines)

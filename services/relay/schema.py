@@ -9,12 +9,14 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Date,
     Float,
     ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
     MetaData,
+    Numeric,
     PrimaryKeyConstraint,
     Table,
     Text,
@@ -39,11 +41,72 @@ relay_api_keys = Table(
     Column("is_active", Boolean, nullable=False, server_default=text("true")),
     Column("created_at", TIMESTAMP(timezone=True), nullable=False),
     Column("expires_at", TIMESTAMP(timezone=True)),
+    Column("description", Text, nullable=False, server_default=""),
+    Column("collect_session", Boolean, nullable=False, server_default=text("false")),
+    # Limits; null: none.
+    Column("token_limit", BigInteger),
+    Column("concurrency_limit", Integer),
+    Column("rate_limit_window", Integer),
+    Column("rate_limit_requests", Integer),
+    Column("daily_cost_limit", Numeric(18, 6)),
+    Column("total_cost_limit", Numeric(18, 6)),
+    # "all" or a list of messages, chat, conversations; allowed_models empty: all models.
+    Column("permissions", JSONB, nullable=False, server_default=text("'\"all\"'")),
+    Column("allowed_models", JSONB, nullable=False, server_default=text("'[]'")),
+    Column("tags", JSONB, nullable=False, server_default=text("'[]'")),
+    Column("updated_at", TIMESTAMP(timezone=True)),
+    Column("deleted_at", TIMESTAMP(timezone=True)),
     PrimaryKeyConstraint("id", name="relay_api_keys_pkey"),
     UniqueConstraint("key_hash", name="relay_api_keys_key_hash_key"),
     CheckConstraint("octet_length(key_hash) = 32", name="relay_api_keys_key_hash_check"),
     CheckConstraint("length(user_id) BETWEEN 1 AND 255", name="relay_api_keys_user_id_check"),
     CheckConstraint("length(name) BETWEEN 1 AND 100", name="relay_api_keys_name_check"),
+    CheckConstraint(
+        "least(token_limit, concurrency_limit, rate_limit_window, rate_limit_requests, daily_cost_limit,"
+        " total_cost_limit) >= 0",
+        name="relay_api_keys_limits_check",
+    ),
+)
+
+# What a key has used, and what its running requests may still use. It changes with every request; the key itself
+# does not, and so whoever listens for changes of keys hears nothing of it.
+relay_key_use = Table(
+    "relay_key_use",
+    metadata,
+    Column("key_id", Text(collation="C"), nullable=False),
+    Column("requests", BigInteger, nullable=False, server_default=text("0")),
+    Column("tokens", BigInteger, nullable=False, server_default=text("0")),
+    Column("cost", Numeric(18, 6), nullable=False, server_default=text("0")),
+    # The UTC day that the next three are of.
+    Column("day", Date),
+    Column("day_requests", BigInteger, nullable=False, server_default=text("0")),
+    Column("day_tokens", BigInteger, nullable=False, server_default=text("0")),
+    Column("day_cost", Numeric(18, 6), nullable=False, server_default=text("0")),
+    Column("window_started_at", TIMESTAMP(timezone=True)),
+    Column("window_requests", BigInteger, nullable=False, server_default=text("0")),
+    Column("window_tokens", BigInteger, nullable=False, server_default=text("0")),
+    Column("in_flight", Integer, nullable=False, server_default=text("0")),
+    Column("reserved_tokens", BigInteger, nullable=False, server_default=text("0")),
+    Column("reserved_cost", Numeric(18, 6), nullable=False, server_default=text("0")),
+    Column("last_used_at", TIMESTAMP(timezone=True)),
+    PrimaryKeyConstraint("key_id", name="relay_key_use_pkey"),
+    ForeignKeyConstraint(["key_id"], ["relay_api_keys.id"], name="relay_key_use_key_fkey", ondelete="CASCADE"),
+    CheckConstraint("least(in_flight, reserved_tokens, reserved_cost) >= 0", name="relay_key_use_reserved_check"),
+)
+
+# What each running request of a limited key may use; runs out when its relay is gone.
+relay_key_reservations = Table(
+    "relay_key_reservations",
+    metadata,
+    Column("id", Text(collation="C"), nullable=False),
+    Column("key_id", Text(collation="C"), nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    Column("cost", Numeric(18, 6), nullable=False),
+    Column("expires_at", TIMESTAMP(timezone=True), nullable=False),
+    PrimaryKeyConstraint("id", name="relay_key_reservations_pkey"),
+    ForeignKeyConstraint(["key_id"], ["relay_api_keys.id"], name="relay_key_reservations_key_fkey", ondelete="CASCADE"),
+    Index("relay_key_reservations_by_key_idx", "key_id"),
+    Index("relay_key_reservations_by_expires_at_idx", "expires_at"),
 )
 
 relay_accounts = Table(

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from services.relay.account_use import AccountUse
 from services.relay.admission import Admission
 from services.relay.attempts import Asking
+from services.relay.callers import Callers
 from services.relay.development import Secrets
-from services.relay.keys import Keys
+from services.relay.key_limits import KeyLimits
 from services.relay.metrics import Metrics
 from services.relay.models import Models
 from services.relay.pool import Pool
@@ -34,7 +35,8 @@ class State:
     metrics: Metrics
     instances: Instances
     sessions: SessionClient
-    keys: Keys
+    callers: Callers
+    key_limits: KeyLimits
     asking: Asking
     sealer: Sealer
     ways: Ways

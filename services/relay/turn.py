@@ -15,7 +15,18 @@ from typing import Any, Final
 
 import structlog
 
-from services.relay import answers, history, leases, once, outcomes, prompt, replays, session_ids, streaming
+from services.relay import (
+    answers,
+    history,
+    leases,
+    once,
+    outcomes,
+    prompt,
+    replays,
+    session_ids,
+    spending,
+    streaming,
+)
 from services.relay.admission import Entry
 from services.relay.answers import Answer
 from services.relay.assembly import Assembly
@@ -23,6 +34,7 @@ from services.relay.attempts import Attempt
 from services.relay.errors import Interrupted, RelayError
 from services.relay.history import Opened
 from services.relay.idempotency import Replay
+from services.relay.key_limits import Reservation, Used
 from services.relay.once import Once
 from services.relay.outcomes import Ended
 from services.relay.parts import Caller, Parts, Reply
@@ -52,6 +64,7 @@ class Turn:
         self._attempt: Attempt | None = None
         self._pipe = Pipe()
         self._giving_up: asyncio.Timeout | None = None
+        self._reservation: Reservation | None = None
         self._has_left = False
         self._is_interrupted = False
         self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
@@ -110,15 +123,36 @@ class Turn:
             if isinstance(began, Replay):
                 return self._replay(began)
             self._parts.asking.pool.check(self._request.model)
-            if choice is None:
-                return await self._serve_alone(began)
-            try:
-                async with self._session(choice, began) as opened:
-                    return await self._serve_in(opened, began)
-            except Unavailable:
-                if self._caller.headers.get("x-session-store") != "best-effort" or "x-turn-id" in self._headers:
-                    raise
+            async with self._reserved():
+                return await self._serve_once(choice, began)
+
+    async def _serve_once(self, choice: Choice | None, began: Once | None) -> str:
+        if choice is None:
             return await self._serve_alone(began)
+        try:
+            async with self._session(choice, began) as opened:
+                return await self._serve_in(opened, began)
+        except Unavailable:
+            if self._caller.headers.get("x-session-store") != "best-effort" or "x-turn-id" in self._headers:
+                raise
+        return await self._serve_alone(began)
+
+    @asynccontextmanager
+    async def _reserved(self) -> AsyncIterator[None]:
+        """What the request may use of its key's limits; raises KeyLimitReached."""
+        key = self._caller.key
+        expected = spending.expected(self._request) if key.is_limited else Used()
+        self._reservation = await self._parts.key_limits.reserve(key, expected.tokens, expected.cost)
+        try:
+            yield
+        finally:
+            await self._settle(Used())
+
+    async def _settle(self, used: Used) -> None:
+        """Once: what was used takes the place of what was reserved."""
+        reservation, self._reservation = self._reservation, None
+        if reservation is not None:
+            await self._parts.key_limits.settle(reservation, used)
 
     @asynccontextmanager
     async def _session(self, choice: Choice, began: Once | None) -> AsyncIterator[Opened]:
@@ -191,6 +225,8 @@ class Turn:
         if opened is not None:
             persisted = await self._parts.spool.complete(opened.key, opened.turn.turn_id, completed)
         self._parts.metrics.count_tokens(completed.model, completed.usage)
+        self._parts.metrics.count_cost(completed.model, completed.cost_usd)
+        await self._settle(spending.of(completed))
         if began is not None:
             await began.end(ended, self._headers | ended.headers | {"x-session-persisted": persisted})
         if self.reply.done():

@@ -6,9 +6,10 @@ from fastapi import APIRouter, Query, Request, Response
 
 from services.relay import request as requests
 from services.relay.counting import count
-from services.relay.errors import ModelNotServed
+from services.relay.errors import ModelNotServed, NotPermitted
+from services.relay.keys import Key
 from services.relay.parts import Caller
-from services.relay.routes.parameters import AppState, CallerKey
+from services.relay.routes.parameters import AppState, MessagesKey
 from services.relay.routes.rendering import KIRO_PREFIX, request_id_of
 from services.relay.routes.replies import reply_of
 from shared.door import answer
@@ -18,29 +19,31 @@ router = APIRouter(tags=["claude"])
 PREFIXES = ("", "/api", KIRO_PREFIX, f"/api/v1{KIRO_PREFIX}")
 
 
-async def create_message(request: Request, state: AppState, key: CallerKey) -> Response:
+async def create_message(request: Request, state: AppState, key: MessagesKey) -> Response:
     """A message from a model, plain or streamed, in the session that the request belongs to."""
     content = requests.read(await request.body(), default_max_tokens=state.settings.relay_default_max_tokens)
+    _check_model(key, content.model)
     turn = state.turns.begin(_caller(request, key), content)
     return await reply_of(turn, request, ping_seconds=state.settings.relay_ping_seconds)
 
 
-async def count_tokens(request: Request, state: AppState, key: CallerKey) -> Response:
+async def count_tokens(request: Request, state: AppState, key: MessagesKey) -> Response:
     """The tokens of a request, as upstream counts them; nothing is stored."""
     content = requests.read(await request.body(), default_max_tokens=None)
+    _check_model(key, content.model)
     ended = await count(state.asking, _caller(request, key), content)
     return Response(ended.content, ended.status, {"request-id": request_id_of(request.scope)} | ended.headers)
 
 
 async def list_models(
     state: AppState,
-    _key: CallerKey,
+    key: MessagesKey,
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
     after_id: str | None = None,
     before_id: str | None = None,
 ) -> Response:
     """The models that the accounts serve, paged as in the Claude API."""
-    models = await state.models.all()
+    models = [model for model in await state.models.all() if key.may_ask(model["id"])]
     ids = [model["id"] for model in models]
     start, end = 0, len(models)
     if after_id in ids:
@@ -59,14 +62,19 @@ async def list_models(
     )
 
 
-async def get_model(model_id: str, state: AppState, _key: CallerKey) -> Response:
+async def get_model(model_id: str, state: AppState, _key: MessagesKey) -> Response:
     for model in await state.models.all():
         if model["id"] == model_id:
             return answer(model)
     raise ModelNotServed
 
 
-def _caller(request: Request, key: CallerKey) -> Caller:
+def _check_model(key: Key, model: str) -> None:
+    if not key.may_ask(model):
+        raise NotPermitted("model: the API key may not ask this one")
+
+
+def _caller(request: Request, key: MessagesKey) -> Caller:
     headers: dict[str, str] = {}
     for name, value in request.headers.items():
         headers[name] = f"{headers[name]}, {value}" if name in headers else value

@@ -1,10 +1,13 @@
 """What routes take from a request."""
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Depends, Path, Request
 
-from services.relay import keys
+from services.relay.callers import presented
+from services.relay.errors import NotPermitted
+from services.relay.keys import Key, Permission
 from services.relay.state import State
 from shared import values
 
@@ -17,11 +20,20 @@ async def _state(request: Request) -> State:
 AppState = Annotated[State, Depends(_state)]
 
 
-async def _caller_key(request: Request, state: AppState) -> keys.Key:
-    state.require_ready()
-    return await state.keys.authenticate(keys.presented(request.headers))
+def caller_with(permission: Permission | None) -> Callable[..., Awaitable[Key]]:
+    """A dependency that gives the caller's key, if it has the permission."""
+
+    async def key_of(request: Request, state: AppState) -> Key:
+        state.require_ready()
+        key = await state.callers.authenticate(presented(request.headers))
+        if permission is not None and not key.may(permission):
+            raise NotPermitted(f"The API key has no permission for {permission}")
+        return key
+
+    return key_of
 
 
-CallerKey = Annotated[keys.Key, Depends(_caller_key)]
+CallerKey = Annotated[Key, Depends(caller_with(None))]
+MessagesKey = Annotated[Key, Depends(caller_with("messages"))]
 SessionId = Annotated[values.SessionId, Path()]
 TurnId = Annotated[values.MessageId, Path()]

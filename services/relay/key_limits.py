@@ -1,0 +1,324 @@
+"""What a key may use, kept to by all relays together.
+
+Its one invariant: whether a request of a limited key is let in is decided by one statement on one row, which counts
+what was used and what the requests that run may still use. A reservation ends with its request, or runs out with its
+relay: then another relay gives it back.
+
+A request is let in while what was used, with what others have reserved, is below the limit; so a limit is exceeded at
+most by what was in flight. Windows begin with the first request after the last one has ended; days are UTC.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any, Final
+
+import sqlalchemy as sa
+import structlog
+from sqlalchemy import ARRAY, and_, bindparam, case, func, literal_column, or_, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.sql.elements import ColumnElement
+from uuid_utils import uuid7
+
+from services.relay.errors import KeyLimitReached, RelayError, UnknownKey
+from services.relay.keys import Key
+from services.relay.schema import relay_api_keys
+from services.relay.schema import relay_key_reservations as reservations
+from services.relay.schema import relay_key_use as table
+from shared.database import Conn, Database, Row
+from shared.errors import DatabaseUnavailable
+
+log = structlog.get_logger(__name__)
+
+LEASE_SECONDS: Final = 30
+RENEW_SECONDS: Final = 10
+GIVE_BACK_SECONDS: Final = 5
+_DAY_SECONDS: Final = 86_400.0
+_BUSY_SECONDS: Final = 1.0
+_AGAIN_SECONDS: Final = 1.0
+
+_NOW = func.statement_timestamp()
+_TODAY = func.timezone("UTC", _NOW).cast(sa.Date)
+_LEASE: ColumnElement[Any] = literal_column(f"interval '{LEASE_SECONDS} seconds'")
+_MINUTE: ColumnElement[Any] = literal_column("interval '1 minute'")
+_COST = sa.Numeric(18, 6)
+
+
+def _limit(name: str, kind: Any) -> Any:
+    return bindparam(name, type_=kind)
+
+
+_this = table.c.key_id == bindparam("key_id", type_=sa.Text)
+_window = _limit("rate_limit_window", sa.Integer)
+_in_window = and_(table.c.window_started_at.is_not(None), table.c.window_started_at > _NOW - _window * _MINUTE)
+_window_requests = case((_in_window, table.c.window_requests), else_=0)
+_window_tokens = case((_in_window, table.c.window_tokens), else_=0)
+_day_cost = case((table.c.day == _TODAY, table.c.day_cost), else_=0)
+_token_limit, _request_limit = _limit("token_limit", sa.BigInteger), _limit("rate_limit_requests", sa.Integer)
+_counted_tokens = case((_window.is_(None), table.c.tokens), else_=_window_tokens) + table.c.reserved_tokens
+_concurrency, _daily, _total = (
+    _limit("concurrency_limit", sa.Integer),
+    _limit("daily_cost_limit", _COST),
+    _limit("total_cost_limit", _COST),
+)
+
+
+def _below(limit: Any, used: Any) -> ColumnElement[bool]:
+    return or_(limit.is_(None), used < limit)
+
+
+_FREE: dict[str, ColumnElement[bool]] = {
+    "concurrencyLimit": _below(_concurrency, table.c.in_flight),
+    "rateLimitRequests": _below(_request_limit, _window_requests),
+    "tokenLimit": _below(_token_limit, _counted_tokens),
+    "dailyCostLimit": _below(_daily, _day_cost + table.c.reserved_cost),
+    "totalCostLimit": _below(_total, table.c.cost + table.c.reserved_cost),
+}
+_tokens, _cost = bindparam("reserved_tokens", type_=sa.BigInteger), bindparam("reserved_cost", type_=_COST)
+
+MAKE = (
+    insert(table)
+    .from_select(["key_id"], select(relay_api_keys.c.id).where(relay_api_keys.c.id == bindparam("key_id")))
+    .on_conflict_do_nothing()
+)
+_let_in = (
+    sa.update(table)
+    .where(_this, *_FREE.values())
+    .values(
+        in_flight=table.c.in_flight + 1,
+        reserved_tokens=table.c.reserved_tokens + _tokens,
+        reserved_cost=table.c.reserved_cost + _cost,
+        window_started_at=case((_in_window, table.c.window_started_at), else_=_NOW),
+        window_requests=_window_requests + 1,
+        window_tokens=_window_tokens,
+    )
+    .returning(table.c.key_id)
+    .cte("let_in")
+)
+RESERVE = (
+    insert(reservations)
+    .from_select(
+        ["id", "key_id", "tokens", "cost", "expires_at"],
+        select(bindparam("id", type_=sa.Text), _let_in.c.key_id, _tokens, _cost, _NOW + _LEASE),
+    )
+    .returning(reservations.c.id)
+)
+WHY = select(
+    *(free.label(name) for name, free in _FREE.items()),
+    func.extract("epoch", table.c.window_started_at + _window * _MINUTE - _NOW).cast(sa.Float).label("window_left"),
+).where(_this)
+RENEW = (
+    sa.update(reservations)
+    .where(reservations.c.id == func.any(bindparam("ids", type_=ARRAY(sa.Text))))
+    .values(expires_at=_NOW + _LEASE)
+)
+_ended = (
+    sa.delete(reservations)
+    .where(reservations.c.id == bindparam("id", type_=sa.Text))
+    .returning(reservations.c.tokens, reservations.c.cost)
+    .cte("ended")
+)
+_ended_sum = select(
+    func.count().label("count"),
+    func.coalesce(func.sum(_ended.c.tokens), 0).label("tokens"),
+    func.coalesce(func.sum(_ended.c.cost), 0).label("cost"),
+).subquery("ended_sum")
+_used = {
+    "requests": bindparam("requests", type_=sa.BigInteger),
+    "tokens": bindparam("tokens", type_=sa.BigInteger),
+    "cost": bindparam("cost", type_=_COST),
+}
+
+
+def _added() -> dict[str, Any]:
+    """What was used, added to all sums; the window's tokens count in whatever window there is now."""
+    return {
+        **{name: table.c[name] + used for name, used in _used.items()},
+        "day": _TODAY,
+        **{
+            f"day_{name}": case((table.c.day == _TODAY, table.c[f"day_{name}"]), else_=0) + used
+            for name, used in _used.items()
+        },
+        "window_tokens": table.c.window_tokens + _used["tokens"],
+        "last_used_at": func.greatest(table.c.last_used_at, _NOW),
+    }
+
+
+SETTLE = (
+    sa.update(table)
+    .where(_this)
+    .values(
+        in_flight=table.c.in_flight - _ended_sum.c.count,
+        reserved_tokens=table.c.reserved_tokens - _ended_sum.c.tokens,
+        reserved_cost=table.c.reserved_cost - _ended_sum.c.cost,
+        **_added(),
+    )
+)
+USE = sa.update(table).where(_this).values(**_added())
+_gone = (
+    sa.delete(reservations)
+    .where(
+        reservations.c.id.in_(
+            select(reservations.c.id).where(reservations.c.expires_at <= _NOW).with_for_update(skip_locked=True)
+        )
+    )
+    .returning(reservations.c.key_id, reservations.c.tokens, reservations.c.cost)
+    .cte("gone")
+)
+_gone_sum = (
+    select(
+        _gone.c.key_id,
+        func.count().label("count"),
+        func.sum(_gone.c.tokens).label("tokens"),
+        func.sum(_gone.c.cost).label("cost"),
+    )
+    .group_by(_gone.c.key_id)
+    .subquery("gone_sum")
+)
+GIVE_BACK = (
+    sa.update(table)
+    .where(table.c.key_id == _gone_sum.c.key_id)
+    .values(
+        in_flight=table.c.in_flight - _gone_sum.c.count,
+        reserved_tokens=table.c.reserved_tokens - _gone_sum.c.tokens,
+        reserved_cost=table.c.reserved_cost - _gone_sum.c.cost,
+    )
+    .returning(table.c.key_id, _gone_sum.c.count)
+)
+
+
+@dataclass(slots=True)
+class Used:
+    """What requests have used."""
+
+    requests: int = 0
+    tokens: int = 0
+    cost: Decimal = Decimal(0)
+
+    def add(self, other: "Used") -> None:
+        self.requests += other.requests
+        self.tokens += other.tokens
+        self.cost += other.cost
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A request that was let in; `id` is None for a key without limits."""
+
+    key: Key
+    id: str | None
+
+
+class KeyLimits:
+    """The limits of all keys, as far as this relay's requests go."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._held: set[str] = set()
+        self._made: set[str] = set()
+        self._unsaved: dict[str, Used] = {}
+        self._news = asyncio.Event()
+
+    async def reserve(self, key: Key, tokens: int, cost: Decimal) -> Reservation:
+        """Lets a request in that may use so much; raises KeyLimitReached, and DatabaseUnavailable for a limited key.
+
+        Costs nothing for a key without limits.
+        """
+        if not key.is_limited:
+            return Reservation(key, None)
+        await self._make(key.id)
+        reservation_id, limits = str(uuid7()), _limits(key)
+        told = {"key_id": key.id, "reserved_tokens": tokens, "reserved_cost": cost}
+        if await self._database.row(RESERVE, id=reservation_id, **told, **limits) is None:
+            raise _refusal(await self._database.row(WHY, key_id=key.id, **limits))
+        self._held.add(reservation_id)
+        return Reservation(key, reservation_id)
+
+    async def settle(self, reservation: Reservation, used: Used) -> None:
+        """Puts what was used in place of what was reserved; for a key without limits beside the request."""
+        key_id = reservation.key.id
+        if reservation.id is not None:
+            self._held.discard(reservation.id)
+            try:
+                await self._database.rows(
+                    SETTLE, id=reservation.id, key_id=key_id, requests=used.requests, tokens=used.tokens, cost=used.cost
+                )
+            except DatabaseUnavailable:
+                log.warning("key_use_delayed", key=key_id)  # the reservation runs out by itself
+            else:
+                return
+        self._unsaved.setdefault(key_id, Used()).add(used)
+        self._news.set()
+
+    async def keep_saving(self) -> None:
+        """Writes what keys without limits have used, for ever, as soon as the database takes it."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            try:
+                await self.save()
+            except DatabaseUnavailable:
+                await asyncio.sleep(_AGAIN_SECONDS)
+                self._news.set()
+
+    async def save(self) -> None:
+        while self._unsaved:
+            key_id, used = self._unsaved.popitem()
+            try:
+                await self._make(key_id)
+                await self._database.rows(
+                    USE, key_id=key_id, requests=used.requests, tokens=used.tokens, cost=used.cost
+                )
+            except DatabaseUnavailable:
+                self._unsaved.setdefault(key_id, Used()).add(used)
+                raise
+
+    async def renew(self) -> None:
+        """Keeps the reservations of this relay's running requests."""
+        if self._held:
+            await self._database.rows(RENEW, ids=list(self._held))
+
+    async def give_back(self) -> None:
+        """Ends the reservations of relays that are gone."""
+        for row in await self._database.rows(GIVE_BACK):
+            log.info("reservations_given_back", key=row["key_id"], count=row["count"])
+
+    async def _make(self, key_id: str) -> None:
+        if key_id not in self._made:
+            await _make(self._database, key_id)
+            self._made.add(key_id)
+
+
+async def _make(conn: Conn, key_id: str) -> None:
+    await conn.rows(MAKE, key_id=key_id)
+
+
+def _limits(key: Key) -> dict[str, Any]:
+    """A limit of 0 is none."""
+    return {
+        "concurrency_limit": key.concurrency_limit or None,
+        "rate_limit_window": key.rate_limit_window or None,
+        "rate_limit_requests": (key.rate_limit_window and key.rate_limit_requests) or None,
+        "token_limit": key.token_limit or None,
+        "daily_cost_limit": key.daily_cost_limit or None,
+        "total_cost_limit": key.total_cost_limit or None,
+    }
+
+
+def _refusal(row: Row | None) -> RelayError:
+    """Which limit it was, and when it is worth coming back."""
+    if row is None:  # someone has deleted it for good
+        return UnknownKey()
+    reached = next((name for name in _FREE if not row[name]), "concurrencyLimit")
+    window_left: float | None = row["window_left"]
+    seconds = _BUSY_SECONDS
+    if reached == "dailyCostLimit":
+        now = datetime.now(UTC)
+        tomorrow = now.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
+        seconds = (tomorrow - now).total_seconds()
+    elif reached == "totalCostLimit" or (reached == "tokenLimit" and window_left is None):
+        seconds = _DAY_SECONDS
+    elif reached != "concurrencyLimit":
+        seconds = window_left or _BUSY_SECONDS
+    return KeyLimitReached.of(reached, retry_after_seconds=seconds)

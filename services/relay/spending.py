@@ -1,0 +1,27 @@
+"""What a request may use of its key's limits, and what it has used.
+
+Its one invariant: both are counted the same way: tokens of all classes, and their price.
+"""
+
+from typing import Final
+
+from services.relay import prices
+from services.relay.key_limits import Used
+from services.relay.request import ClaudeRequest
+from services.relay.upstream.demo_model import input_tokens
+from shared import wire
+
+_MOST_EXPECTED_TOKENS: Final = 4096
+
+
+def expected(request: ClaudeRequest) -> Used:
+    """About what the request may use. Of an answer's tokens so many at most: few answers use up their `max_tokens`."""
+    asked = request.body.get("max_tokens")
+    output = min(asked, _MOST_EXPECTED_TOKENS) if isinstance(asked, int) and asked > 0 else _MOST_EXPECTED_TOKENS
+    usage = {"input_tokens": input_tokens(request.body), "output_tokens": output}
+    return Used(1, prices.all_tokens(usage), prices.cost_usd(request.model, usage))
+
+
+def of(completed: wire.CompleteTurn) -> Used:
+    """What a turn has used."""
+    return Used(1, prices.all_tokens(completed.usage or {}), completed.cost_usd or prices.NOTHING)
