@@ -71,8 +71,18 @@ class SessionClient:
     async def get_session(self, key: SessionKey) -> wire.Session:
         return await self._call(wire.Session, "GET", key.path, key, repeatable=True)
 
-    async def update_session(self, key: SessionKey, change: wire.UpdateSession) -> wire.Session:
-        return await self._call(wire.Session, "PUT", key.path, key, body=change, repeatable=True)
+    async def list_sessions(self, user_id: str, **params: Any) -> wire.SessionList:
+        """Parameters as in the HTTP call: active_only, status, page, page_size, order, cursor."""
+        return await self._call(
+            wire.SessionList, "GET", "/api/v1/sessions", params={"user_id": user_id, **params}, repeatable=True
+        )
+
+    async def update_session(
+        self, key: SessionKey, change: wire.UpdateSession, *, if_match: int | None = None
+    ) -> wire.Session:
+        """`if_match` is the version that the session must have: VersionMismatch for any other."""
+        headers = _if_match(if_match)
+        return await self._call(wire.Session, "PUT", key.path, key, body=change, headers=headers, repeatable=True)
 
     async def end_session(self, key: SessionKey) -> None:
         await self._call(wire.Notice, "DELETE", key.path, key, repeatable=True)
@@ -105,8 +115,7 @@ class SessionClient:
     ) -> wire.TurnOpened:
         """`if_match` is the version that the session must have: VersionMismatch for any other."""
         headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
-        if if_match is not None:
-            headers["if-match"] = f'"{if_match}"'
+        headers |= _if_match(if_match)
         return await self._call(
             wire.TurnOpened,
             "POST",
@@ -128,6 +137,12 @@ class SessionClient:
 
     async def get_turn(self, key: SessionKey, turn_id: str) -> wire.Turn:
         return await self._call(wire.Turn, "GET", f"{key.path}/turns/{turn_id}", key, repeatable=True)
+
+    async def list_turns(self, key: SessionKey, *, limit: int) -> wire.TurnList:
+        """The newest turns, the newest first."""
+        return await self._call(
+            wire.TurnList, "GET", f"{key.path}/turns", key, params={"limit": limit}, repeatable=True
+        )
 
     async def find_turn(self, user_id: str, turn_id: str) -> wire.Turn:
         """The user's turn of this id, whatever its session. Raises TurnNotFound."""
@@ -181,6 +196,10 @@ class SessionClient:
             if response.status_code != 503 or not (repeatable or isinstance(failure, NotInitialized)):
                 raise failure
         raise failure
+
+
+def _if_match(version: int | None) -> dict[str, str]:
+    return {} if version is None else {"if-match": f'"{version}"'}
 
 
 def _failure(response: httpx.Response, instance: Instance) -> ServiceError:

@@ -9,6 +9,7 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 from uuid_utils import uuid7
 
@@ -25,7 +26,7 @@ from services.relay.metrics import Metrics
 from services.relay.models import Models
 from services.relay.parts import Parts
 from services.relay.pool import Pool
-from services.relay.routes import accounts, api_keys, claude, health, sessions, turns
+from services.relay.routes import accounts, api_keys, chat, claude, health, sessions, turns
 from services.relay.routes.rendering import on_service_error, render
 from services.relay.sealing import Sealer
 from services.relay.session_limit import SessionLimit
@@ -52,6 +53,11 @@ _RETRY_SECONDS = 1.0
 _USE_SECONDS = 1.0
 _OLD_SECONDS = 60.0
 _SETTLE_SECONDS = 2.0
+_LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+_EXPOSED_HEADERS = (
+    *("X-Session-ID", "X-Turn-Id", "X-Session-Persisted", "X-Relay-Attempts", "Idempotent-Replayed"),
+    *("X-Request-Id", "request-id", "Retry-After"),
+)
 _SESSION_SERVICE = "session_service"
 
 
@@ -152,15 +158,30 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
     )
     app.state.relay = state
     app.state.limits = None
-    for routes in (claude, accounts, api_keys, sessions, turns, health):
+    for routes in (claude, chat, accounts, api_keys, sessions, turns, health):
         app.include_router(routes.router)
     describe(app)
+    _allow_pages(app, settings)
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_fault)
     rules = BodyRules(settings.relay_max_body_bytes, settings.body_timeout_seconds)
     return Door(app, rules=rules, duration=metrics.duration, render=render)
+
+
+def _allow_pages(app: FastAPI, settings: RelaySettings) -> None:
+    """Lets web pages of the allowed origins call, and read what the answers' headers say."""
+    local = _LOCAL_PAGES if settings.is_development and not settings.relay_cors_origins else None
+    if settings.relay_cors_origins or local:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.relay_cors_origins,
+            allow_origin_regex=local,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED_HEADERS,
+        )
 
 
 async def _open(state: State, chores: list[Chore]) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Final, Literal
 
@@ -21,11 +21,23 @@ from services.relay.schema import relay_api_keys as table
 from services.relay.schema import relay_key_use as use
 from shared.database import Conn, Row
 
+ANONYMOUS_ID: Final = "anonymous"
 KEY_PREFIX: Final = "cr_"
 _PREFIX_CHARACTERS: Final = 11
 _NOW = func.statement_timestamp()
 
 Permission = Literal["messages", "chat", "conversations"]
+
+
+USUAL: Final[dict[str, Any]] = {
+    "description": "",
+    "collect_session": False,
+    "permissions": "all",
+    "allowed_models": [],
+    "is_active": True,
+    "tags": [],
+}
+"""What a key has where nothing is said; other fields are None then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,13 @@ class Key:
 
     def may_ask(self, model: str) -> bool:
         return not self.allowed_models or model in self.allowed_models
+
+
+def anonymous(user_id: str) -> Key:
+    """Stands for callers without a key, as one user; it is no row, and has no limits but this."""
+    nothing: dict[str, Any] = dict.fromkeys(Key.__dataclass_fields__)
+    given = {"id": ANONYMOUS_ID, "user_id": user_id, "name": user_id, "prefix": "", "created_at": datetime.now(UTC)}
+    return Key(**{**nothing, **USUAL, **given, "permissions": ["chat"]})
 
 
 _COLUMNS: Final = tuple(table.c[name] for name in Key.__dataclass_fields__)
@@ -163,17 +182,6 @@ async def add(conn: Conn, key_id: str, pepper: str, secret: str, values: Mapping
     stored = {"key_hash": digest(pepper, secret), "prefix": secret[:_PREFIX_CHARACTERS]}
     row = await conn.row(ADD, id=key_id, **stored, **full)
     return None if row is None else from_row(row)
-
-
-USUAL: Final[dict[str, Any]] = {
-    "description": "",
-    "collect_session": False,
-    "permissions": "all",
-    "allowed_models": [],
-    "is_active": True,
-    "tags": [],
-}
-"""What a key has where nothing is said; other fields are None then."""
 
 
 async def get(conn: Conn, key_id: str) -> Key:

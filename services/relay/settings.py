@@ -35,6 +35,14 @@ class RelaySettings(SharedSettings):
     relay_demo_delay_ms: float = Field(15, ge=0, description="Pause of the demo account before each piece")
     relay_default_max_tokens: int = Field(4096, ge=1)
 
+    relay_chat_model: str = Field("", description="Model of /api/chat; empty: the first that the accounts serve")
+    relay_anonymous_chat: bool | None = Field(
+        None, description="Chat without a key, as the user 'anonymous'; empty: in dev and test only"
+    )
+    relay_cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_csv)] = Field(
+        (), description="Origins of web pages that may call, * for all; empty: those on this machine in dev and test"
+    )
+
     relay_admin_token: SecretStr = SecretStr("")
     relay_key_pepper: SecretStr = SecretStr("")
     relay_encryption_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split_csv)] = Field(
@@ -51,10 +59,19 @@ class RelaySettings(SharedSettings):
     relay_requests_per_second: float = Field(200, ge=0, description="More wait for their turn; 0: no limit")
     relay_max_sessions: int = Field(10_000, ge=1, description="Active sessions of the whole store")
 
+    relay_summaries: bool = Field(True, description="Summarise by itself what a session's context has to leave out")
+    relay_summary_model: str = Field(
+        "", max_length=255, description="Writes the summaries; empty: the turn's own model"
+    )
+
     relay_session_idle_seconds: int = Field(1800, ge=1, le=31_536_000)
     relay_expired_sessions: Literal["restart", "resume"] = "restart"
     relay_session_wait_seconds: float = Field(60, ge=0, le=60, description="How long a request waits for its session")
     relay_lease_seconds: int = Field(60, ge=5, le=3600, description="How long a turn of a dead relay holds its session")
+
+    @property
+    def serves_anonymous_chat(self) -> bool:
+        return self.is_development if self.relay_anonymous_chat is None else self.relay_anonymous_chat
 
     @model_validator(mode="after")
     def _secrets_outside_development(self) -> "RelaySettings":

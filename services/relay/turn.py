@@ -42,6 +42,7 @@ from services.relay.pipe import Pipe
 from services.relay.request import ClaudeRequest
 from services.relay.session_ids import Choice
 from services.relay.upstream import MESSAGES_PATH, UpstreamAnswer, UpstreamRequest
+from shared import wire
 from shared.errors import Internal, ServiceError, Unavailable
 
 log = structlog.get_logger(__name__)
@@ -67,6 +68,8 @@ class Turn:
         self._reservation: Reservation | None = None
         self._has_left = False
         self._is_interrupted = False
+        self.stored: wire.TurnCompleted | None = None
+        """What the store has made of the turn, once it has; not when that comes later, by the spool."""
         self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self.task = asyncio.create_task(self._run())
 
@@ -223,7 +226,8 @@ class Turn:
         completed = answers.completion(ended.answer, lease_token=lease_token, prefill=prefill, body=self._body)
         persisted = "none"
         if opened is not None:
-            persisted = await self._parts.spool.complete(opened.key, opened.turn.turn_id, completed)
+            place = (opened.key, opened.turn.turn_id)
+            persisted = await self._parts.spool.complete(*place, completed, self._on_stored)
         self._parts.metrics.count_tokens(completed.model, completed.usage)
         self._parts.metrics.count_cost(completed.model, completed.cost_usd)
         await self._settle(spending.of(completed))
@@ -236,6 +240,9 @@ class Turn:
             return
         headers = self._headers | ended.headers | {"x-session-persisted": persisted}
         self._tell(Reply(ended.status, headers, ended.content, ended.error))
+
+    def _on_stored(self, stored: wire.TurnCompleted) -> None:
+        self.stored = stored
 
     # ── upstream ────────────────────────────────────────────────────────────────────────────────
 

@@ -4,12 +4,15 @@ Its one invariant: a turn hears of it, once, when its client goes, before the an
 """
 
 import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from services.relay.parts import Reply
 from services.relay.pipe import Pipe
 from services.relay.routes.rendering import render
 from services.relay.streaming import PING
@@ -18,8 +21,35 @@ from services.relay.turn import Turn
 _CLIENT_GONE = 499
 
 
-async def reply_of(turn: Turn, request: Request, *, ping_seconds: float) -> Response:
-    """The turn's answer as a response; when the client goes first, one that nobody reads."""
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A turn whose reply is there, or whose client has gone before; `gone` is done once the client has left."""
+
+    turn: Turn
+    gone: asyncio.Task[None]
+
+    @property
+    def reply(self) -> Reply:
+        return self.turn.reply.result()
+
+    def early_end(self, request: Request) -> Response | None:
+        """The response that ends it here: for an error, or for a client that is not there to read it."""
+        if not self.turn.reply.done():
+            return Response(status_code=_CLIENT_GONE)
+        if self.reply.error is None:
+            return None
+        self.gone.cancel()
+        response = render(self.reply.error, request.scope)
+        response.headers.update(self.reply.headers)
+        return response
+
+    def plain(self, content: bytes, headers: dict[str, str]) -> Response:
+        self.gone.cancel()
+        return Response(content, self.reply.status, headers)
+
+
+async def begun(turn: Turn, request: Request) -> Begun:
+    """The turn once its reply is there; it hears of it when its client goes, then or later."""
     gone = asyncio.create_task(_disconnected(request.receive))
     gone.add_done_callback(lambda task: None if task.cancelled() else turn.leave())
     either: set[asyncio.Future[Any]] = {turn.reply, gone}
@@ -29,17 +59,23 @@ async def reply_of(turn: Turn, request: Request, *, ping_seconds: float) -> Resp
         turn.leave()
         gone.cancel()
         raise
-    if not turn.reply.done():
-        return Response(status_code=_CLIENT_GONE)
-    reply = turn.reply.result()
-    if isinstance(reply.content, Pipe):
-        return EventStream(reply.content, turn, gone, headers=reply.headers, ping_seconds=ping_seconds)
-    gone.cancel()
-    if reply.error is None:
-        return Response(reply.content, reply.status, {"request-id": request.state.request_id} | reply.headers)
-    response = render(reply.error, request.scope)
-    response.headers.update(reply.headers)
-    return response
+    return Begun(turn, gone)
+
+
+async def reply_of(turn: Turn, request: Request, *, ping_seconds: float) -> Response:
+    """The turn's answer as a response; when the client goes first, one that nobody reads."""
+    seen = await begun(turn, request)
+    if (end := seen.early_end(request)) is not None:
+        return end
+    content = seen.reply.content
+    if isinstance(content, Pipe):
+        return EventStream(_pieces(content, ping_seconds), seen, headers=seen.reply.headers)
+    return seen.plain(content, {"request-id": request.state.request_id} | seen.reply.headers)
+
+
+async def _pieces(pipe: Pipe, ping_seconds: float) -> AsyncIterator[bytes]:
+    while (piece := await pipe.get(ping_seconds)) != b"":
+        yield PING if piece is None else piece
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -48,26 +84,21 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """A stream as it comes out of a pipe; `gone` is done when the client has left."""
+    """A stream of pieces as they come."""
 
-    def __init__(
-        self, pipe: Pipe, turn: Turn, gone: asyncio.Task[None], *, headers: dict[str, str], ping_seconds: float
-    ) -> None:
+    def __init__(self, pieces: AsyncIterator[bytes], seen: Begun, *, headers: dict[str, str]) -> None:
         self.status_code = 200
         self.background = None
-        self._pipe = pipe
-        self._turn = turn
-        self._gone = gone
-        self._ping_seconds = ping_seconds
+        self._pieces = pieces
+        self._seen = seen
         self.init_headers(headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            while (piece := await self._pipe.get(self._ping_seconds)) != b"":
-                content = PING if piece is None else piece
-                await send({"type": "http.response.body", "body": content, "more_body": True})
+            async for piece in self._pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            self._turn.leave()  # means nothing to a turn that has ended
-            self._gone.cancel()
+            self._seen.turn.leave()  # means nothing to a turn that has ended
+            self._seen.gone.cancel()

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from services.relay import transcript
+from services.relay.upstream.demo_extract import extract
 from services.relay.upstream.demo_names import asks_for_name, is_chinese, latest_name
 
 _QUOTED_CHARACTERS = 60
@@ -92,6 +94,8 @@ def _answer(request: dict[str, Any]) -> str:
     spoken = [message for message in request["messages"] if message["role"] == "user"]
     texts = [_text(message["content"]) for message in spoken]
     last = texts[-1] if texts else ""
+    if request.get("system") == transcript.SYSTEM:
+        return extract(last)
     name = latest_name(texts) or latest_name([_text(request.get("system") or "")], outright_only=True)
     chinese = is_chinese(last)
     parts = [_opening(last, name, spoken, chinese=chinese), _introduction(request["messages"], chinese=chinese)]

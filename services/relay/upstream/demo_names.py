@@ -2,7 +2,8 @@
 
 Its one invariant: it would rather miss a name than take a word for one that is none.
 
-- `我叫…`, `我的名字是…`, `my name is …` say a name outright: any run of letters that is no question word.
+- `我叫…`, `我的名字是…`, `my name is …` say a name outright: any run of letters that is no question
+  word; digits may follow, as in User17 or 用户17.
 - `我是…` says one only if it looks like one: a Latin word in capitals and small letters, `小…` or `阿…`,
   or two to four characters that begin with a common family name and do not end like a trade or a place.
 - `I am …`, `I'm …` say one only if a capitalised word follows that is no nationality and no weekday, and
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator
 _HEARD_CHARACTERS = 5_000
 
 _HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_WORD = r"[^\W\d_" + _HAN + r"][^\W\d_" + _HAN + r"]*(?:['’.-][^\W\d_" + _HAN + r"]+)*"
+_WORD = r"[^\W\d_" + _HAN + r"][^\W" + _HAN + r"]*(?:['’.-][^\W" + _HAN + r"]+)*"
 _LATIN = rf"{_WORD}(?: {_WORD}){{0,2}}"
 _OPENING = r"[\s:：「『“\"'‘《]*"
 
@@ -23,7 +24,8 @@ _OPENING = r"[\s:：「『“\"'‘《]*"
 _GOES_ON = "的|了|吗|呢|吧|啊|呀|哦|是|很|今年|来自|住在|在|和|也|请|想|现在|目前|喜欢|这|那|，|。"
 _SAID_OUTRIGHT = re.compile(rf"(?:我叫|本人叫|我(?:的)?名字(?:就)?(?:是|叫)){_OPENING}(?:做|作)?{_OPENING}")
 _SAID_BY_BEING = re.compile(rf"(?<![要就也不都])我(?:就)?是{_OPENING}")
-_HAN_NAME = re.compile(rf"(?P<name>[{_HAN}]{{1,4}}?(?:·[{_HAN}]{{1,8}}?)*)(?=$|[^{_HAN}·]|{_GOES_ON})")
+_NUMBERED = r"(?:[0-9A-Za-z_-]*[0-9A-Za-z](?![0-9A-Za-z_-]))?"
+_HAN_NAME = re.compile(rf"(?P<name>[{_HAN}]{{1,4}}?(?:·[{_HAN}]{{1,8}}?)*{_NUMBERED})(?=$|[^{_HAN}·]|{_GOES_ON})")
 _HAN_RUN = re.compile(rf"[{_HAN}]+")
 _LATIN_NAME = re.compile(_LATIN)
 _QUESTION_WORDS = ("什么", "甚么", "啥", "谁", "誰", "什麼", "何人", "何名", "何许", "哪", "怎")
