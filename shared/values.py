@@ -116,6 +116,7 @@ def _title(value: str, info: ValidationInfo) -> str:
 
 Title = Annotated[str, AfterValidator(_title)]
 Summary = Annotated[str, _at_most_utf8("summary_bytes", "A summary")]
+SummaryModel = Annotated[str, Field(min_length=1, max_length=255)]
 
 
 def _not_blank(value: str) -> str:

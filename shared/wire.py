@@ -18,6 +18,7 @@ from shared.values import (
     Seq,
     SessionId,
     Summary,
+    SummaryModel,
     Title,
     Tokens,
     UserId,
@@ -68,11 +69,14 @@ class CreateSessionInTurn(SessionOptions):
 
 
 class UpdateSession(Input):
+    """`summary_model` is who wrote the summary; a new summary that comes without it is nobody's."""
+
     title: Title | None = None
     metadata: JsonObject | None = None
     conversation_data: JsonObject | None = None
     session_summary: Summary | None = None
     summary_to_seq: Seq | None = None
+    summary_model: SummaryModel | None = None
     status: Status | None = None
     idle_timeout_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
 
@@ -191,6 +195,8 @@ class ForkParent(Output):
 
 
 class Session(Output):
+    """`session_summary` covers what is visible up to `summary_to_seq`; without one its other fields are null."""
+
     session_id: str
     user_id: str
     title: str | None
@@ -202,6 +208,8 @@ class Session(Output):
     total_tokens: int
     total_cost: float
     session_summary: str
+    summary_to_seq: int | None = None
+    summary_model: str | None = None
     created_at: datetime
     updated_at: datetime
     last_activity: datetime

@@ -122,6 +122,17 @@ class Admission:
         """How many have entered and have no place: they wait for the rate, for their session, or for a place."""
         return self._room.entered - self._room.in_flight
 
+    @asynccontextmanager
+    async def admitted(self) -> AsyncIterator[None]:
+        """One of the places, for a request that is no turn; raises TooManyRequests."""
+        entry = self.enter()
+        try:
+            await entry.begin()
+            async with entry.place():
+                yield
+        finally:
+            entry.leave()
+
     def enter(self) -> Entry:
         """Lets a request in; raises TooManyRequests at once when too many have entered, or the rate is too far behind.
 

@@ -26,14 +26,17 @@ from services.relay.metrics import Metrics
 from services.relay.models import Models
 from services.relay.parts import Parts
 from services.relay.pool import Pool
-from services.relay.routes import accounts, api_keys, chat, claude, health, sessions, turns
+from services.relay.routes import accounts, api_keys, chat, claude, front, health, session_pool, sessions, turns
 from services.relay.routes.rendering import on_service_error, render
 from services.relay.sealing import Sealer
 from services.relay.session_limit import SessionLimit
+from services.relay.session_pool import SessionPool
 from services.relay.settings import RelaySettings
 from services.relay.slots import Slots
 from services.relay.spool import Spool
 from services.relay.state import State
+from services.relay.summaries import Summaries
+from services.relay.summarizing import Summarizer
 from services.relay.turns import Turns
 from services.relay.upkeep import Chore
 from services.relay.ways import Ways
@@ -85,6 +88,8 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
     callers = Callers(database, secrets.pepper)
     key_limits = KeyLimits(database)
     records = Idempotency(database)
+    pooled = SessionPool(database, pool, max_size=settings.relay_max_pool_size)
+    summaries = Summaries(Summarizer(client, asking, metrics, key_limits), held, settings)
     limit = SessionLimit(client, max_sessions=settings.relay_max_sessions)
     admission = Admission(
         max_in_flight=settings.relay_max_in_flight,
@@ -96,12 +101,16 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
         Chore("account_use", _USE_SECONDS, use.tell),
         Chore("slots", slots.RENEW_SECONDS, held.renew),
         Chore("affinities", _USE_SECONDS, affinity.save),
+        Chore("session_pool", _USE_SECONDS, pooled.save),
         Chore("old_affinities", _OLD_SECONDS, affinity.forget),
         Chore("key_reservations", RENEW_SECONDS, key_limits.renew),
         Chore("given_back_reservations", GIVE_BACK_SECONDS, key_limits.give_back),
         Chore("idempotency", _OLD_SECONDS, records.sweep),
         Chore("gone_relays", _OLD_SECONDS, partial(account_use.keep_gone, database)),
     ]
+    parts = Parts(
+        settings, client, asking, affinity, spool, metrics, admission, limit, records, key_limits, pooled, summaries
+    )
     state = State(
         settings=settings,
         secrets=secrets,
@@ -120,7 +129,9 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
         spool=spool,
         admission=admission,
         session_limit=limit,
-        turns=Turns(Parts(settings, client, asking, affinity, spool, metrics, admission, limit, records, key_limits)),
+        session_pool=pooled,
+        summaries=summaries,
+        turns=Turns(parts),
     )
 
     @asynccontextmanager
@@ -137,6 +148,7 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
             yield
         finally:
             await state.turns.stop()
+            await state.summaries.stop()
             for task in beside:
                 task.cancel()
                 with suppress(asyncio.CancelledError):
@@ -146,6 +158,7 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
                 await key_limits.save()
                 await use.tell()
                 await affinity.save()
+                await pooled.save()
             await client.close()
             await ways.close()
             await database.close()
@@ -158,7 +171,7 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
     )
     app.state.relay = state
     app.state.limits = None
-    for routes in (claude, chat, accounts, api_keys, sessions, turns, health):
+    for routes in (claude, chat, accounts, api_keys, session_pool, sessions, turns, health, front):
         app.include_router(routes.router)
     describe(app)
     _allow_pages(app, settings)
@@ -199,6 +212,7 @@ async def _open(state: State, chores: list[Chore]) -> None:
                     await keys.add(state.database, str(uuid7()), state.secrets.pepper, state.secrets.api_key, owner)
                 await first_accounts.make(state.database, state.settings, state.sealer)
                 await state.pool.refresh()
+                await state.session_pool.refresh()
                 state.is_ready = True
                 log.info("ready", schema=state.database.schema)
                 break
@@ -207,7 +221,12 @@ async def _open(state: State, chores: list[Chore]) -> None:
             log.warning("database_unreachable")
         await asyncio.sleep(_RETRY_SECONDS)
     url = state.settings.listen_database_url.get_secret_value() or state.database.url
-    readers = {"relay_accounts": state.pool.refresh, "relay_api_keys": state.callers.forget}
+    readers = {
+        "relay_accounts": state.pool.refresh,
+        "relay_api_keys": state.callers.forget,
+        "relay_session_pool": state.session_pool.refresh,
+        "relay_session_pool_current": state.session_pool.refresh,
+    }
     changes = Changes(url, state.database.schema, readers)
     await asyncio.gather(changes.run(), upkeep.keep(chores))
 

@@ -16,7 +16,7 @@ from services.relay.assembly import Assembly
 from services.relay.errors import RelayError, UpstreamFailed, UpstreamUnusable
 from services.relay.metrics import Metrics
 from services.relay.outcomes import Ended, ErrorEvent
-from services.relay.pool import Pool, Seat
+from services.relay.pool import GiveWay, Pool, Seat
 from services.relay.settings import RelaySettings
 from services.relay.upstream import UpstreamAnswer, UpstreamError, UpstreamRequest, UpstreamTimeout
 from services.relay.verdicts import Verdict
@@ -67,8 +67,12 @@ class Asking:
         *,
         prefers: str | None = None,
         on_attempt: Callable[[Attempt], None] = lambda _: None,
+        gives_way: GiveWay | None = None,
     ) -> Ended:
-        """How it ended; raises RelayError only where no account could be tried at all."""
+        """How it ended; raises RelayError only where no account could be tried at all.
+
+        With `gives_way` accounts are only borrowed: nobody waits for this request, and its failures count against none.
+        """
         settings, model = self.settings, str(request.body["model"])
         until = asyncio.get_running_loop().time() + settings.relay_deadline_seconds
         failures = _Failures()
@@ -76,7 +80,7 @@ class Asking:
             wait_seconds = min(settings.relay_retry_wait_seconds, until - asyncio.get_running_loop().time())
             try:
                 async with self.pool.seat(
-                    model, prefers=prefers, tried=failures.tried, wait_seconds=wait_seconds
+                    model, prefers=prefers, tried=failures.tried, wait_seconds=wait_seconds, gives_way=gives_way
                 ) as seat:
                     attempt = Attempt(number, seat, self.pool, asyncio.timeout_at(until))
                     on_attempt(attempt)
@@ -131,7 +135,7 @@ class Asking:
     def _judge(self, attempt: Attempt, verdict: Verdict | None) -> None:
         if verdict is None:
             self.pool.worked(attempt.seat)
-        elif attempt.is_committed:
+        elif attempt.is_committed or attempt.seat.gives_way is not None:
             attempt.seat.member.failures += 1
         else:
             self.pool.failed(attempt.seat, verdict)

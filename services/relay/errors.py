@@ -11,7 +11,9 @@
         ├── ModelNotServed 404          no account serves the model
         ├── AccountNotFound 404
         ├── AccountExists 409
+        ├── SessionNotPooled 404        no session of the session pool has the id
         ├── HistoryConflict 409         X-Session-Conflict: reject
+        ├── SummaryOutdated 409         what was summarised has been taken back, or summarised by another
         ├── TooManyRequests 429         the relay itself is full
         ├── TooManySessions 429         RELAY_MAX_SESSIONS are active
         ├── NoAccount 529               there is none to try
@@ -112,10 +114,22 @@ class AccountExists(RelayError):
     default_detail = "id: another account has it"
 
 
+class SessionNotPooled(RelayError):
+    status = 404
+    code = "session_not_pooled"
+    default_detail = "No session of the session pool has this id"
+
+
 class HistoryConflict(RelayError):
     status = 409
     code = "history_conflict"
     default_detail = "The messages depart from the stored conversation (X-Session-Conflict: reject)"
+
+
+class SummaryOutdated(RelayError):
+    status = 409
+    code = "summary_outdated"
+    default_detail = "The session was changed while it was summarised; try again"
 
 
 class TooManyRequests(RelayError):

@@ -5,12 +5,12 @@ Its one invariant: the demo account is made once; deleted, it does not come back
 
 from typing import Any, Final
 
-from sqlalchemy import bindparam, func, select
+from sqlalchemy import ARRAY, Text, bindparam, func, select
 from sqlalchemy.dialects.postgresql import insert
 
 from services.relay import accounts
 from services.relay.errors import AccountExists
-from services.relay.schema import relay_marks
+from services.relay.schema import metadata, relay_marks
 from services.relay.sealing import Sealer, Unsealable
 from services.relay.settings import RelaySettings
 from shared.database import Conn, Database
@@ -23,7 +23,8 @@ MARK = (
     .on_conflict_do_nothing()
     .returning(relay_marks.c.name)
 )
-EXISTS = select(func.to_regclass(bindparam("name")).is_not(None))
+_name = func.unnest(bindparam("names", type_=ARRAY(Text))).column_valued("name")
+EXIST = select(func.bool_and(func.to_regclass(_name).is_not(None)))
 _USUAL: Final[dict[str, Any]] = {
     "base_url": "",
     "secrets": None,
@@ -37,8 +38,8 @@ _USUAL: Final[dict[str, Any]] = {
 
 
 async def tables_exist(conn: Conn, schema: str) -> bool:
-    """Whether the migrations have made the relay's tables, the newest too."""
-    return bool(await conn.value(EXISTS, name=f"{schema}.{relay_marks.name}"))
+    """Whether the migrations have made all the relay's tables."""
+    return bool(await conn.value(EXIST, names=[f"{schema}.{name}" for name in metadata.tables]))
 
 
 async def make(database: Database, settings: RelaySettings, sealer: Sealer) -> None:

@@ -248,6 +248,10 @@ async def open_turn(sessions: SessionClient, opening: Opening, *, wait_seconds: 
         left_seconds = max(0.0, deadline - monotonic())
         request = plan.request(wishes, context, left_seconds)
         if plan.fork_at_seq is not None:
+            if opening.earlier is not None and opening.earlier.session_id != key.session_id:
+                # The fork of the earlier try, which others may know: in there the caller's wishes hold as they are.
+                there = replace(opening, key=SessionKey(key.user_id, opening.earlier.session_id))
+                return await open_turn(sessions, there, wait_seconds=left_seconds)
             fork = await sessions.fork_session(key, wire.Fork(at_seq=plan.fork_at_seq))
             # Lined up anew, because the session may have been rewound meanwhile. Nobody else knows the fork yet:
             # whatever is taken back there is taken from nobody.

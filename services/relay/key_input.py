@@ -37,14 +37,14 @@ def _printable(text: str) -> str:
 
 
 def _moment(value: object) -> object:
-    """A time as text; what has no zone is UTC."""
+    """A time as text, in UTC; what has no zone is UTC."""
     if not isinstance(value, str):
         raise ValueError("must be a time as text (RFC 3339)")  # noqa: TRY004 - pydantic wants this one
     try:
         moment = datetime.fromisoformat(value)
-    except ValueError:
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
         raise ValueError("must be a time as text (RFC 3339)") from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _cost(value: object) -> object:
@@ -52,8 +52,11 @@ def _cost(value: object) -> object:
         raise ValueError("must be a number")  # noqa: TRY004 - pydantic wants this one
     cost = Decimal(str(value))
     if not cost.is_finite() or not 0 <= cost <= _MAX_COST:
-        raise ValueError("must be a number from 0 on")
-    return cost.quantize(_COST_STEP)
+        raise ValueError(f"must be a number from 0 to {_MAX_COST}")
+    stored = cost.quantize(_COST_STEP)
+    if cost and not stored:  # it would become 0, which is no limit at all
+        raise ValueError(f"must be 0 or at least {_COST_STEP}")
+    return stored
 
 
 def _distinct(items: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ most by what was in flight. Windows begin with the first request after the last 
 """
 
 import asyncio
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -21,12 +22,12 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.elements import ColumnElement
 from uuid_utils import uuid7
 
-from services.relay.errors import KeyLimitReached, RelayError, UnknownKey
+from services.relay.errors import KeyLimitReached, TooManyRequests, UnknownKey
 from services.relay.keys import Key
 from services.relay.schema import relay_api_keys
 from services.relay.schema import relay_key_reservations as reservations
 from services.relay.schema import relay_key_use as table
-from shared.database import Conn, Database, Row
+from shared.database import Database, Row
 from shared.errors import DatabaseUnavailable
 
 log = structlog.get_logger(__name__)
@@ -37,6 +38,9 @@ GIVE_BACK_SECONDS: Final = 5
 _DAY_SECONDS: Final = 86_400.0
 _BUSY_SECONDS: Final = 1.0
 _AGAIN_SECONDS: Final = 1.0
+_TRIES: Final = 5
+_PAUSES_SECONDS: Final = (0.02, 0.05, 0.1, 0.2, 0.3)
+_CONCURRENCY: Final = "concurrencyLimit"
 
 _NOW = func.statement_timestamp()
 _TODAY = func.timezone("UTC", _NOW).cast(sa.Date)
@@ -56,7 +60,7 @@ _window_requests = case((_in_window, table.c.window_requests), else_=0)
 _window_tokens = case((_in_window, table.c.window_tokens), else_=0)
 _day_cost = case((table.c.day == _TODAY, table.c.day_cost), else_=0)
 _token_limit, _request_limit = _limit("token_limit", sa.BigInteger), _limit("rate_limit_requests", sa.Integer)
-_counted_tokens = case((_window.is_(None), table.c.tokens), else_=_window_tokens) + table.c.reserved_tokens
+_used_tokens = case((_window.is_(None), table.c.tokens), else_=_window_tokens)
 _concurrency, _daily, _total = (
     _limit("concurrency_limit", sa.Integer),
     _limit("daily_cost_limit", _COST),
@@ -69,12 +73,18 @@ def _below(limit: Any, used: Any) -> ColumnElement[bool]:
 
 
 _FREE: dict[str, ColumnElement[bool]] = {
-    "concurrencyLimit": _below(_concurrency, table.c.in_flight),
+    _CONCURRENCY: _below(_concurrency, table.c.in_flight),
     "rateLimitRequests": _below(_request_limit, _window_requests),
-    "tokenLimit": _below(_token_limit, _counted_tokens),
+    "tokenLimit": _below(_token_limit, _used_tokens + table.c.reserved_tokens),
     "dailyCostLimit": _below(_daily, _day_cost + table.c.reserved_cost),
     "totalCostLimit": _below(_total, table.c.cost + table.c.reserved_cost),
 }
+_SPENT: dict[str, ColumnElement[bool]] = {
+    "tokenLimit": _used_tokens >= _token_limit,
+    "dailyCostLimit": _day_cost >= _daily,
+    "totalCostLimit": table.c.cost >= _total,
+}
+"""Reached even if nothing were reserved; null where there is no limit."""
 _tokens, _cost = bindparam("reserved_tokens", type_=sa.BigInteger), bindparam("reserved_cost", type_=_COST)
 
 MAKE = (
@@ -106,6 +116,7 @@ RESERVE = (
 )
 WHY = select(
     *(free.label(name) for name, free in _FREE.items()),
+    *(spent.label(f"{name}_spent") for name, spent in _SPENT.items()),
     func.extract("epoch", table.c.window_started_at + _window * _MINUTE - _NOW).cast(sa.Float).label("window_left"),
 ).where(_this)
 RENEW = (
@@ -145,17 +156,17 @@ def _added() -> dict[str, Any]:
     }
 
 
-SETTLE = (
-    sa.update(table)
-    .where(_this)
-    .values(
-        in_flight=table.c.in_flight - _ended_sum.c.count,
-        reserved_tokens=table.c.reserved_tokens - _ended_sum.c.tokens,
-        reserved_cost=table.c.reserved_cost - _ended_sum.c.cost,
-        **_added(),
-    )
-)
-USE = sa.update(table).where(_this).values(**_added())
+def _without(ended: Any) -> dict[str, Any]:
+    """What is reserved without what has ended; never below 0, should someone have set it anew by hand."""
+    return {
+        "in_flight": func.greatest(table.c.in_flight - ended.c.count, 0),
+        "reserved_tokens": func.greatest(table.c.reserved_tokens - ended.c.tokens, 0),
+        "reserved_cost": func.greatest(table.c.reserved_cost - ended.c.cost, 0),
+    }
+
+
+SETTLE = sa.update(table).where(_this).values(**_without(_ended_sum), **_added())
+USE = sa.update(table).where(_this).values(**_added()).returning(table.c.key_id)
 _gone = (
     sa.delete(reservations)
     .where(
@@ -179,11 +190,7 @@ _gone_sum = (
 GIVE_BACK = (
     sa.update(table)
     .where(table.c.key_id == _gone_sum.c.key_id)
-    .values(
-        in_flight=table.c.in_flight - _gone_sum.c.count,
-        reserved_tokens=table.c.reserved_tokens - _gone_sum.c.tokens,
-        reserved_cost=table.c.reserved_cost - _gone_sum.c.cost,
-    )
+    .values(**_without(_gone_sum))
     .returning(table.c.key_id, _gone_sum.c.count)
 )
 
@@ -203,6 +210,14 @@ class Used:
 
 
 @dataclass(frozen=True, slots=True)
+class Reached:
+    """The limit that a request has met, and when it is worth coming back."""
+
+    limit: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Reservation:
     """A request that was let in; `id` is None for a key without limits."""
 
@@ -216,24 +231,62 @@ class KeyLimits:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._held: set[str] = set()
-        self._made: set[str] = set()
+        self._waiting: dict[str, int] = {}
         self._unsaved: dict[str, Used] = {}
+        self._saving = asyncio.Lock()
         self._news = asyncio.Event()
 
     async def reserve(self, key: Key, tokens: int, cost: Decimal) -> Reservation:
         """Lets a request in that may use so much; raises KeyLimitReached, and DatabaseUnavailable for a limited key.
 
-        Costs nothing for a key without limits.
+        Costs nothing for a key without limits. Where only `concurrencyLimit` is reached, a few requests wait a moment:
+        a client that hung up may be back before what it left has been put away.
         """
         if not key.is_limited:
             return Reservation(key, None)
-        await self._make(key.id)
-        reservation_id, limits = str(uuid7()), _limits(key)
-        told = {"key_id": key.id, "reserved_tokens": tokens, "reserved_cost": cost}
-        if await self._database.row(RESERVE, id=reservation_id, **told, **limits) is None:
-            raise _refusal(await self._database.row(WHY, key_id=key.id, **limits))
-        self._held.add(reservation_id)
-        return Reservation(key, reservation_id)
+        wanted = {"key_id": key.id, "reserved_tokens": tokens, "reserved_cost": cost, **_limits(key)}
+        reached = await self._take(wanted)
+        if isinstance(reached, Reached) and reached.limit == _CONCURRENCY and self._begin_waiting(key):
+            try:
+                for pause_seconds in _PAUSES_SECONDS:
+                    await asyncio.sleep(pause_seconds)
+                    reached = await self._take(wanted)
+                    if not isinstance(reached, Reached):
+                        break
+            finally:
+                self._end_waiting(key)
+        if isinstance(reached, Reached):
+            raise KeyLimitReached.of(reached.limit, retry_after_seconds=reached.seconds)
+        self._held.add(reached)
+        return Reservation(key, reached)
+
+    async def _take(self, wanted: dict[str, Any]) -> "str | Reached":
+        """The reservation, or why there is none. Raises UnknownKey for a key whose row is gone."""
+        reservation_id = str(uuid7())
+        for _ in range(_TRIES):
+            if await self._database.row(RESERVE, id=reservation_id, **wanted) is not None:
+                return reservation_id
+            why = await self._database.row(WHY, **wanted)
+            if why is None:  # the key's first request, or what was known of its use was deleted
+                await self._database.rows(MAKE, key_id=wanted["key_id"])
+            elif reached := _reached(why):
+                return reached
+        if why is None:
+            raise UnknownKey
+        raise TooManyRequests(retry_after_seconds=_BUSY_SECONDS)
+
+    def _begin_waiting(self, key: Key) -> bool:
+        """Whether one more request of this key may wait: as many as may run."""
+        waiting = self._waiting.get(key.id, 0)
+        if waiting >= (key.concurrency_limit or 0):
+            return False
+        self._waiting[key.id] = waiting + 1
+        return True
+
+    def _end_waiting(self, key: Key) -> None:
+        self._waiting[key.id] -= 1
+        if not self._waiting[key.id]:
+            del self._waiting[key.id]
 
     async def settle(self, reservation: Reservation, used: Used) -> None:
         """Puts what was used in place of what was reserved; for a key without limits beside the request."""
@@ -261,18 +314,20 @@ class KeyLimits:
             except DatabaseUnavailable:
                 await asyncio.sleep(_AGAIN_SECONDS)
                 self._news.set()
+            except Exception:  # what others have used must be written all the same
+                log.exception("key_use_not_saved")
+                self._news.set()
 
     async def save(self) -> None:
-        while self._unsaved:
-            key_id, used = self._unsaved.popitem()
-            try:
-                await self._make(key_id)
-                await self._database.rows(
-                    USE, key_id=key_id, requests=used.requests, tokens=used.tokens, cost=used.cost
-                )
-            except DatabaseUnavailable:
-                self._unsaved.setdefault(key_id, Used()).add(used)
-                raise
+        """Writes what there is; what another call is writing is written too on return. Raises DatabaseUnavailable."""
+        async with self._saving:
+            while self._unsaved:
+                key_id, used = self._unsaved.popitem()
+                try:
+                    await self._add(key_id, used)
+                except (DatabaseUnavailable, asyncio.CancelledError):
+                    self._unsaved.setdefault(key_id, Used()).add(used)
+                    raise
 
     async def renew(self) -> None:
         """Keeps the reservations of this relay's running requests."""
@@ -284,14 +339,12 @@ class KeyLimits:
         for row in await self._database.rows(GIVE_BACK):
             log.info("reservations_given_back", key=row["key_id"], count=row["count"])
 
-    async def _make(self, key_id: str) -> None:
-        if key_id not in self._made:
-            await _make(self._database, key_id)
-            self._made.add(key_id)
-
-
-async def _make(conn: Conn, key_id: str) -> None:
-    await conn.rows(MAKE, key_id=key_id)
+    async def _add(self, key_id: str, used: Used) -> None:
+        """Adds to a key's use; to that of one who is no row, or no longer, there is nothing to add."""
+        added = {"key_id": key_id, "requests": used.requests, "tokens": used.tokens, "cost": used.cost}
+        if await self._database.row(USE, **added) is None:
+            await self._database.rows(MAKE, key_id=key_id)
+            await self._database.rows(USE, **added)
 
 
 def _limits(key: Key) -> dict[str, Any]:
@@ -306,19 +359,21 @@ def _limits(key: Key) -> dict[str, Any]:
     }
 
 
-def _refusal(row: Row | None) -> RelayError:
-    """Which limit it was, and when it is worth coming back."""
-    if row is None:  # someone has deleted it for good
-        return UnknownKey()
-    reached = next((name for name in _FREE if not row[name]), "concurrencyLimit")
+def _reached(row: Row) -> Reached | None:
+    """None when there is room again by now."""
+    limit = next((name for name in _FREE if not row[name]), None)
+    if limit is None:
+        return None
     window_left: float | None = row["window_left"]
     seconds = _BUSY_SECONDS
-    if reached == "dailyCostLimit":
+    if limit == _CONCURRENCY or not row.get(f"{limit}_spent", True):
+        pass  # what runs may end soon, or come to less than it has reserved
+    elif limit == "dailyCostLimit":
         now = datetime.now(UTC)
         tomorrow = now.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
         seconds = (tomorrow - now).total_seconds()
-    elif reached == "totalCostLimit" or (reached == "tokenLimit" and window_left is None):
+    elif limit == "totalCostLimit" or (limit == "tokenLimit" and window_left is None):
         seconds = _DAY_SECONDS
-    elif reached != "concurrencyLimit":
+    else:
         seconds = window_left or _BUSY_SECONDS
-    return KeyLimitReached.of(reached, retry_after_seconds=seconds)
+    return Reached(limit, math.ceil(seconds))

@@ -162,7 +162,10 @@ USE = select(
 
 
 def from_row(row: Row) -> Key:
-    return Key(**dict(row.items()))
+    values = dict(row.items())
+    if (moment := values["expires_at"]) is not None and moment.tzinfo is None:  # how the driver gives infinity
+        values["expires_at"] = moment.replace(tzinfo=UTC)
+    return Key(**values)
 
 
 def digest(pepper: str, secret: str) -> bytes:

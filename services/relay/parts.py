@@ -16,8 +16,10 @@ from services.relay.lines import Lines
 from services.relay.metrics import Metrics
 from services.relay.pipe import Pipe
 from services.relay.session_limit import SessionLimit
+from services.relay.session_pool import SessionPool
 from services.relay.settings import RelaySettings
 from services.relay.spool import Spool
+from services.relay.summaries import Summaries
 from shared.errors import ServiceError
 from shared.session_client import SessionClient
 
@@ -56,4 +58,6 @@ class Parts:
     session_limit: SessionLimit
     idempotency: Idempotency
     key_limits: KeyLimits
+    session_pool: SessionPool
+    summaries: Summaries
     lines: Lines = field(default_factory=Lines)

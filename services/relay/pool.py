@@ -33,6 +33,7 @@ log = structlog.get_logger(__name__)
 _SLOTS: Final = "account"
 _FULL_SECONDS: Final = 0.2
 _PROBE_SECONDS: Final = 60.0
+_RECLAIM_SECONDS: Final = 2.0
 _NO_ACCOUNT_SECONDS: Final = 30.0
 _FORBIDDEN: Final = frozenset({"forbidden", "disabled"})
 _WRITE_AGAIN_SECONDS: Final = 1.0
@@ -103,6 +104,7 @@ class Seat:
     member: Member
     slot: int | None = None
     is_probe: bool = False
+    gives_way: "GiveWay | None" = None
 
     @property
     def account(self) -> Account:
@@ -116,6 +118,8 @@ class Seat:
 
 
 Connect = Callable[[Account], Upstream | None]
+GiveWay = Callable[[], None]
+"""Has whoever only borrows a seat give it back at once: others have come who need it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -128,6 +132,7 @@ class Pool:
     members: dict[str, Member] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _lent: set[Seat] = field(default_factory=set)
 
     # ── what is known ───────────────────────────────────────────────────────────────────────────
 
@@ -165,29 +170,43 @@ class Pool:
 
     @asynccontextmanager
     async def seat(
-        self, model: str, *, prefers: str | None, tried: set[str], wait_seconds: float
+        self,
+        model: str,
+        *,
+        prefers: str | None,
+        tried: set[str],
+        wait_seconds: float,
+        gives_way: GiveWay | None = None,
     ) -> AsyncIterator[Seat]:
         """An account for this model, those that were tried only when there is no other.
 
-        Waits so long at most for one to become eligible. Raises ModelNotServed, NoAccount, and where all rest for
-        the same cause UpstreamRateLimited or UpstreamForbidden.
+        Waits so long at most for one to become eligible. With `gives_way` the seat is borrowed: it is asked for back
+        when a request that does not borrow finds the account full. Who borrows neither probes nor tries an account
+        twice. Raises ModelNotServed, NoAccount, and where all rest for the same cause UpstreamRateLimited or
+        UpstreamForbidden.
         """
-        seat = await self._take(model, prefers, tried, monotonic() + wait_seconds)
+        seat = await self._take(model, prefers, tried, monotonic() + wait_seconds, gives_way)
         try:
             yield seat
         finally:
             self._give_back(seat)
 
-    async def _take(self, model: str, prefers: str | None, tried: set[str], until: float) -> Seat:
+    async def _take(
+        self, model: str, prefers: str | None, tried: set[str], until: float, gives_way: GiveWay | None
+    ) -> Seat:
         while True:
             now = monotonic()
             candidates = self._candidates(model)
             obstacles = {member.account.id: member.obstacle(now) for member in candidates}
             eligible = [member for member in candidates if obstacles[member.account.id] is None]
+            if gives_way is not None:
+                eligible = [each for each in eligible if not (each.failures_in_row or each.account.id in tried)]
             if member := _chosen(eligible, prefers, tried):
-                if seat := await self._seated(member):
+                if seat := await self._seated(member, gives_way):
                     return seat
                 continue
+            if gives_way is None and self._reclaim(candidates):
+                until = max(until, now + _RECLAIM_SECONDS)
             soonest = min((obstacle[1] for obstacle in obstacles.values() if obstacle), default=_FOREVER)
             if now + soonest > until:
                 raise self._none_for(model)
@@ -198,14 +217,27 @@ class Pool:
             except TimeoutError:
                 continue
 
-    async def _seated(self, member: Member) -> Seat | None:
+    def _reclaim(self, candidates: list[Member]) -> bool:
+        """Whether somebody who borrows a seat of a full account gives it back now."""
+        now = monotonic()
+        for seat in self._lent:
+            obstacle = seat.member.obstacle(now)
+            if seat.member in candidates and obstacle and obstacle[0] == "full" and seat.gives_way:
+                self._lent.discard(seat)
+                seat.gives_way()
+                return True
+        return False
+
+    async def _seated(self, member: Member, gives_way: GiveWay | None) -> Seat | None:
         """A seat of this account; None when other relays have taken what there was."""
-        seat = Seat(member, is_probe=member.failures_in_row > 0)
+        seat = Seat(member, is_probe=member.failures_in_row > 0, gives_way=gives_way)
         member.in_flight += 1
         member.is_probing = member.is_probing or seat.is_probe
         try:
             if await self._granted(seat):
                 member.requests += 1
+                if gives_way is not None:
+                    self._lent.add(seat)
                 return seat
         except BaseException:
             self._give_back(seat)
@@ -231,6 +263,7 @@ class Pool:
 
     def _give_back(self, seat: Seat) -> None:
         seat.member.in_flight -= 1
+        self._lent.discard(seat)
         if seat.is_probe:  # it has come to nothing
             self._beside(self.database.rows(accounts.END_PROBE, id=seat.account.id))
             self._end_probe(seat)

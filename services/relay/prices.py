@@ -15,13 +15,14 @@ from services.relay.accounts import DEMO_MODEL
 log = structlog.get_logger(__name__)
 
 NOTHING: Final = Decimal(0)
+_MOST: Final = Decimal("999999.999999")
 _STEP: Final = Decimal("0.000001")
 _NAMED_AT_MOST: Final = 1000
 _unknown: set[str] = set()
 
 
 def cost_usd(model: str, usage: Mapping[str, Any]) -> Decimal:
-    """The price of a usage as Claude reports it, in US dollars with six decimals.
+    """The price of a usage as Claude reports it, in US dollars with six decimals, at most what the store takes.
 
     Claude counts tokens read from and written to its prompt cache beside `input_tokens`; they have prices of their own.
     """
@@ -42,7 +43,7 @@ def cost_usd(model: str, usage: Mapping[str, Any]) -> Decimal:
             _unknown.add(model)
             log.warning("model_without_price", model=model[:100])
         return NOTHING
-    return price.quantize(_STEP, ROUND_HALF_EVEN)
+    return min(price.quantize(_STEP, ROUND_HALF_EVEN), _MOST)
 
 
 def all_tokens(usage: Mapping[str, Any]) -> int:

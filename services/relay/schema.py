@@ -12,6 +12,7 @@ from sqlalchemy import (
     Date,
     Float,
     ForeignKeyConstraint,
+    Identity,
     Index,
     Integer,
     LargeBinary,
@@ -190,6 +191,46 @@ relay_affinities = Table(
     ),
     Index("relay_affinities_by_account_idx", "account_id"),
     Index("relay_affinities_by_used_at_idx", "used_at"),
+)
+
+# The sessions of the session pool. Those that share an id belong to different users.
+relay_session_pool = Table(
+    "relay_session_pool",
+    metadata,
+    Column("user_id", Text(collation="C"), nullable=False),
+    Column("session_id", Text(collation="C"), nullable=False),
+    # The order of collection.
+    Column("position", BigInteger, Identity(always=True), nullable=False),
+    # Those of the session's last turn.
+    Column("account_id", Text(collation="C")),
+    Column("model", Text),
+    Column("cache_read_share", Float),
+    Column("collected_at", TIMESTAMP(timezone=True), nullable=False),
+    Column("last_used_at", TIMESTAMP(timezone=True), nullable=False),
+    PrimaryKeyConstraint("user_id", "session_id", name="relay_session_pool_pkey"),
+    UniqueConstraint("position", name="relay_session_pool_position_key"),
+    ForeignKeyConstraint(
+        ["account_id"], ["relay_accounts.id"], name="relay_session_pool_account_fkey", ondelete="SET NULL"
+    ),
+    CheckConstraint("cache_read_share BETWEEN 0 AND 1", name="relay_session_pool_cache_read_share_check"),
+)
+
+# One row: which of them is the current one. Whoever collects or switches holds it.
+relay_session_pool_current = Table(
+    "relay_session_pool_current",
+    metadata,
+    Column("id", Integer, autoincrement=False, nullable=False),
+    Column("user_id", Text(collation="C")),
+    Column("session_id", Text(collation="C")),
+    Column("switched_at", TIMESTAMP(timezone=True)),
+    PrimaryKeyConstraint("id", name="relay_session_pool_current_pkey"),
+    CheckConstraint("id = 1", name="relay_session_pool_current_id_check"),
+    ForeignKeyConstraint(
+        ["user_id", "session_id"],
+        ["relay_session_pool.user_id", "relay_session_pool.session_id"],
+        name="relay_session_pool_current_session_fkey",
+        ondelete="SET NULL",
+    ),
 )
 
 # Requests with an Idempotency-Key: running while a relay's lease lasts, then what became of them.

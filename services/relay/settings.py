@@ -57,6 +57,7 @@ class RelaySettings(SharedSettings):
     relay_max_queued: int = Field(1000, ge=0, description="Requests that may wait beside them")
     relay_queue_seconds: float = Field(30, gt=0, description="Longest wait for the rate, and for a place")
     relay_requests_per_second: float = Field(200, ge=0, description="More wait for their turn; 0: no limit")
+    relay_max_pool_size: int = Field(20, ge=1, description="Sessions in the session pool")
     relay_max_sessions: int = Field(10_000, ge=1, description="Active sessions of the whole store")
 
     relay_summaries: bool = Field(True, description="Summarise by itself what a session's context has to leave out")

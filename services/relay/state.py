@@ -13,8 +13,10 @@ from services.relay.models import Models
 from services.relay.pool import Pool
 from services.relay.sealing import Sealer
 from services.relay.session_limit import SessionLimit
+from services.relay.session_pool import SessionPool
 from services.relay.settings import RelaySettings
 from services.relay.spool import Spool
+from services.relay.summaries import Summaries
 from services.relay.turns import Turns
 from services.relay.ways import Ways
 from shared.database import Database
@@ -45,6 +47,8 @@ class State:
     spool: Spool
     admission: Admission
     session_limit: SessionLimit
+    session_pool: SessionPool
+    summaries: Summaries
     turns: Turns
     is_ready: bool = False
 

@@ -66,6 +66,7 @@ class Turn:
         self._pipe = Pipe()
         self._giving_up: asyncio.Timeout | None = None
         self._reservation: Reservation | None = None
+        self._brings_session = False
         self._has_left = False
         self._is_interrupted = False
         self.stored: wire.TurnCompleted | None = None
@@ -122,6 +123,7 @@ class Turn:
     async def _serve(self) -> str:
         """Runs the turn and gives its outcome; raises a ServiceError for what ends it before upstream is asked."""
         choice = session_ids.choose(self._request, self._caller.headers)
+        self._brings_session = choice is not None and choice.kind != "fresh"
         async with once.began(self._parts, self._caller, self._request, choice) as began:
             if isinstance(began, Replay):
                 return self._replay(began)
@@ -206,6 +208,8 @@ class Turn:
         else:
             ended = await self._answered(opened)
         await self._end(ended, opened, began)
+        if opened is not None and not opened.is_whole and ended.answer.status == "completed":
+            self._parts.summaries.after(opened.key, opened.turn, self._request.model)
         return ended.answer.status
 
     async def _answered(self, opened: Opened | None) -> Ended:
@@ -231,6 +235,10 @@ class Turn:
         self._parts.metrics.count_tokens(completed.model, completed.usage)
         self._parts.metrics.count_cost(completed.model, completed.cost_usd)
         await self._settle(spending.of(completed))
+        if opened is not None and completed.status == "completed" and persisted != "none":
+            account_id, usage = ended.answer.upstream.get("account"), completed.usage or {}
+            pool, key = self._parts.session_pool, self._caller.key
+            pool.note(key, opened.key, account_id=account_id, model=completed.model, usage=usage)
         if began is not None:
             await began.end(ended, self._headers | ended.headers | {"x-session-persisted": persisted})
         if self.reply.done():
@@ -273,9 +281,11 @@ class Turn:
         return ended
 
     async def _preferred(self, opened: Opened | None) -> str | None:
-        if opened is None or not self._parts.asking.pool.has_choice(self._request.model):
+        """The account whose prompt cache is warm: for the session, or for one who has brought none, in the pool."""
+        if not self._parts.asking.pool.has_choice(self._request.model):
             return None
-        return await self._parts.affinity.of(opened.key)
+        own = await self._parts.affinity.of(opened.key) if opened else None
+        return own if own or self._brings_session else self._parts.session_pool.preferred_account
 
     def _on_attempt(self, attempt: Attempt) -> None:
         self._headers[_ATTEMPTS] = str(attempt.number)

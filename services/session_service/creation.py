@@ -68,6 +68,7 @@ REVIVE = (
             "generation": table.c.generation + 1,
             "session_summary": case((_restarts, ""), else_=table.c.session_summary),
             "summary_to_seq": case((_restarts, sa.null()), else_=table.c.summary_to_seq),
+            "summary_model": case((_restarts, sa.null()), else_=table.c.summary_model),
             "first_seq": case((_restarts, table.c.last_seq + 1), else_=table.c.first_seq),
             "window_start_seq": case((_restarts, table.c.last_seq + 1), else_=table.c.window_start_seq),
             "title": func.coalesce(_title, table.c.title),

@@ -4,7 +4,7 @@ Its one invariant: a fork spends nothing: tokens and cost of its copies are 0, t
 """
 
 import sqlalchemy as sa
-from sqlalchemy import ARRAY, bindparam, func, insert, literal_column, select
+from sqlalchemy import ARRAY, bindparam, case, func, insert, literal_column, select
 from sqlalchemy.dialects.postgresql import insert as insert_or
 from sqlalchemy.sql.elements import ColumnElement
 from uuid_utils import uuid7
@@ -28,7 +28,8 @@ CREATE = (
     .from_select(
         [
             *("user_id", "session_id", "title", "metadata", "conversation_data", "session_summary"),
-            *("summary_to_seq", "message_count", "last_seq", "idle_timeout_seconds", "parent_session_id", "parent_seq"),
+            *("summary_to_seq", "summary_model", "message_count", "last_seq", "idle_timeout_seconds"),
+            *("parent_session_id", "parent_seq"),
             *("created_at", "updated_at", "last_activity", "expires_at"),
         ],
         select(
@@ -39,6 +40,7 @@ CREATE = (
             table.c.conversation_data,
             bindparam("summary", type_=sa.Text),
             bindparam("summary_to_seq", type_=sa.Integer),
+            case((bindparam("summary", type_=sa.Text) != "", table.c.summary_model)),
             _count,
             _count,
             table.c.idle_timeout_seconds,

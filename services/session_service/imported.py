@@ -45,6 +45,7 @@ class Session(wire.Input):
     metadata: values.JsonObject
     conversation_data: values.JsonObject
     session_summary: values.Summary
+    summary_model: values.SummaryModel | None = None
     created_at: Moment
     updated_at: Moment
     last_activity: Moment

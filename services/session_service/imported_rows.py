@@ -51,6 +51,7 @@ _SESSION_FIELDS: dict[str, sa.types.TypeEngine[Any]] = {
     "idle_timeout_seconds": sa.Integer(),
     "ended_reason": sa.Text(),
     "summary_to_seq": sa.Integer(),
+    "summary_model": sa.Text(),
     "first_seq": sa.Integer(),
     "window_start_seq": sa.Integer(),
     "parent_session_id": sa.Text(),

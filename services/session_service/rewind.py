@@ -49,6 +49,7 @@ SUPERSEDE = (
         # A summary that tells of a message taken back would bring it back.
         session_summary=case((_covers_one, ""), else_=table.c.session_summary),
         summary_to_seq=case((_covers_one, sa.null()), else_=table.c.summary_to_seq),
+        summary_model=case((_covers_one, sa.null()), else_=table.c.summary_model),
         # A rewind behind the window lets the next turn place it anew.
         window_start_seq=case(
             (table.c.window_start_seq >= _from_seq, table.c.first_seq), else_=table.c.window_start_seq

@@ -67,6 +67,8 @@ sessions = Table(
     Column("conversation_data", JSONB, nullable=False, server_default=text("'{}'")),
     Column("session_summary", Text, nullable=False, server_default=""),
     Column("summary_to_seq", Integer),
+    # Who wrote the summary; null where nobody has said.
+    Column("summary_model", Text),
     _count("message_count"),
     _count("last_seq"),
     Column("total_tokens", BigInteger, nullable=False, server_default=text("0")),

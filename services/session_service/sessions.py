@@ -67,6 +67,8 @@ COLUMNS: tuple[ColumnElement[Any], ...] = (
     table.c.total_tokens,
     table.c.total_cost,
     table.c.session_summary,
+    table.c.summary_to_seq,
+    table.c.summary_model,
     table.c.created_at,
     table.c.updated_at,
     table.c.last_activity,
@@ -81,7 +83,6 @@ COLUMNS: tuple[ColumnElement[Any], ...] = (
 _DETAILS = (
     expired.label("is_expired"),
     table.c.last_seq,
-    table.c.summary_to_seq,
     table.c.first_seq,
     table.c.window_start_seq,
     table.c.latest_turn_id,
@@ -115,6 +116,8 @@ def from_values(values: dict[str, Any]) -> wire.Session:
     """The session that COLUMNS describe; takes what it needs out of `values`."""
     parent_id, parent_seq = values.pop("parent_session_id"), values.pop("parent_seq")
     parent = None if parent_id is None else wire.ForkParent.model_construct(session_id=parent_id, seq=parent_seq)
+    if not values["session_summary"]:
+        values |= {"summary_to_seq": None, "summary_model": None}
     return wire.Session.model_construct(**values, parent=parent)
 
 
@@ -139,7 +142,10 @@ class IfVersion:
 
 @dataclass(frozen=True, slots=True)
 class Detail:
-    """A session with what the writers and readers of its parts need to know."""
+    """A session with what the writers and readers of its parts need to know.
+
+    `summary_to_seq` is the stored one: a range may be there without a summary.
+    """
 
     session: wire.Session
     last_seq: int
@@ -198,8 +204,12 @@ def _detail(row: Row | None) -> Detail:
     values.pop("is_expired")
     left = values.pop("lease_left_seconds")
     details = {column.name: values.pop(column.name) for column in _DETAILS[1:-1]}
-    lease_left_seconds = None if left is None else float(left)
-    return Detail(session=from_values(values), **details, lease_left_seconds=lease_left_seconds)
+    return Detail(
+        summary_to_seq=values["summary_to_seq"],
+        session=from_values(values),
+        **details,
+        lease_left_seconds=None if left is None else float(left),
+    )
 
 
 # ── update, end, summary ────────────────────────────────────────────────────────────────────────
@@ -213,6 +223,7 @@ UPDATE = (
         conversation_data=bindparam("conversation_data", type_=JSONB),
         session_summary=bindparam("session_summary", type_=sa.Text),
         summary_to_seq=bindparam("summary_to_seq", type_=sa.Integer),
+        summary_model=bindparam("summary_model", type_=sa.Text),
         status=bindparam("status", type_=sa.Text),
         ended_reason=bindparam("ended_reason", type_=sa.Text),
         idle_timeout_seconds=bindparam("idle_timeout_seconds", type_=sa.Integer),
@@ -253,13 +264,15 @@ async def update(
 def _changed(locked: Detail, change: wire.UpdateSession) -> dict[str, Any] | None:
     """Every column's new value, or None when nothing would change."""
     session = locked.session
-    names = ("title", "metadata", "conversation_data", "session_summary", "status", "idle_timeout_seconds")
-    old: dict[str, Any] = {name: getattr(session, name) for name in names}
+    names = ("title", "metadata", "conversation_data", "session_summary", "summary_model", "status")
+    old: dict[str, Any] = {name: getattr(session, name) for name in (*names, "idle_timeout_seconds")}
     old |= {"summary_to_seq": locked.summary_to_seq, "ended_reason": session.ended_reason}
     new = old | change.model_dump(exclude_none=True)
-    if change.session_summary is not None and change.summary_to_seq is None:
-        same = session.session_summary == change.session_summary
-        new["summary_to_seq"] = locked.summary_to_seq if same else locked.last_seq
+    if change.session_summary not in {None, session.session_summary}:
+        new["summary_to_seq"] = locked.last_seq if change.summary_to_seq is None else change.summary_to_seq
+        new["summary_model"] = change.summary_model
+    if not new["session_summary"]:
+        new["summary_model"] = None
     if equal(new, old):
         return None
     if session.status == "archived":

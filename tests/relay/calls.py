@@ -27,10 +27,10 @@ MODEL = "test-model"
 
 @contextmanager
 def start_relay(
-    database_url: str, session_service_url: str, data_dir: Path, settings: Mapping[str, str]
+    database_url: str, session_service_url: str, data_dir: Path, settings: Mapping[str, str], *, port: int | None = None
 ) -> Iterator[Process]:
     """A relay on a free port; `settings` are environment variables over those for tests, empty ones left out."""
-    port = free_port()
+    port = port or free_port()
     data_dir.mkdir(exist_ok=True)
     environment = {
         "ENVIRONMENT": "test",

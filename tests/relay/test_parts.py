@@ -18,6 +18,7 @@ from services.relay.pipe import Pipe
 from services.relay.session_ids import Choice
 from shared import values, wire
 from shared.errors import TurnInProgress
+from shared.json import dumps
 from shared.session_client import SessionKey
 
 KEY = SessionKey("user", "session")
@@ -198,7 +199,7 @@ def test_whatever_upstream_says_has_a_completion(
     made = answers.completion(Answer(status, message), lease_token="t", prefill=given_text, body=body)
     assert made.usage is not None
     assert made.usage["input_tokens"] >= 0
-    sent = made.model_dump_json(exclude_none=True)
+    sent = dumps(made.model_dump(exclude_none=True))
     assert wire.CompleteTurn.model_validate_json(sent).lease_token == "t"
 
 

@@ -78,7 +78,7 @@ async def a_rich_chat(user: User, db: Db) -> Chat:
         await turn.complete(status=status)
     await chat.append("taken back", tokens_used=5, cost_usd=1.5, message_id=f"a/b ü?# {chat.id}")
     fine(await chat.call("POST", "/rewind", json={"to_seq": 5}))
-    fine(await chat.put(session_summary="what was said ✓", summary_to_seq=4))
+    fine(await chat.put(session_summary="what was said ✓", summary_to_seq=4, summary_model="m-1"))
     turn = await chat.open(said("left open"), lease_seconds=5)
     await wait(db, chat, 6)
     turn = await chat.open(said("真的吗"))

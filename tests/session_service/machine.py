@@ -106,11 +106,13 @@ class Compared(RuleBasedStateMachine):
         assert seen["version"] >= session.version
         session.version = seen["version"]
         parent = session.parent and {"session_id": session.parent[0], "seq": session.parent[1]}
-        assert {name: seen[name] for name in ("status", "ended_reason", "generation", "session_summary", "parent")} == {
+        names = ("status", "ended_reason", "generation", "session_summary", "summary_to_seq", "parent")
+        assert {name: seen[name] for name in names} == {
             "status": session.status,
             "ended_reason": session.ended_reason,
             "generation": session.generation,
             "session_summary": session.summary,
+            "summary_to_seq": session.summary_to_seq if session.summary else None,
             "parent": parent,
         }
         assert seen["is_active"] == (session.status == "active")

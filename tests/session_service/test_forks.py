@@ -109,9 +109,11 @@ async def test_after_a_restart_only_the_new_generation(user: User) -> None:
 )
 async def test_the_summary_goes_along_where_it_fits(user: User, covers: int, at_seq: int, kept: bool) -> None:
     chat = await of_six(user)
-    fine(await chat.put(session_summary="so far", summary_to_seq=covers))
+    fine(await chat.put(session_summary="so far", summary_to_seq=covers, summary_model="m-1"))
     new = await forked(chat, at_seq=at_seq)
-    assert (await new.get())["session_summary"] == ("so far" if kept else "")
+    session = await new.get()
+    assert session["session_summary"] == ("so far" if kept else "")
+    assert (session["summary_to_seq"], session["summary_model"]) == ((covers, "m-1") if kept else (None, None))
     assert ("so far" in (await new.context())["system"]) == kept
     if kept and covers:
         # It covers in the fork what it covered there.

@@ -196,6 +196,8 @@ def cases() -> Iterator[tuple[str, Json, Loc]]:
         yield "update", {"session_summary": value}, ("session_summary",)
     for value in (*NOT_INTEGERS.values(), -1, 2**31, 99):
         yield "update", {"session_summary": "s", "summary_to_seq": value}, ("summary_to_seq",)
+    for value in (*NOT_TEXTS.values(), "", "m" * 256, "\0"):
+        yield "update", {"session_summary": "s", "summary_model": value}, ("summary_model",)
     for route in ("remember", "change memory"):
         for value in (*NOT_TEXTS.values(), "", " ", "\u3000", "x" * (64 * KIB + 1), "é" * (32 * KIB + 1), "\0"):
             yield route, {"content": value}, ("content",)

@@ -171,8 +171,11 @@ async def test_a_summary_that_covers_one_of_them_is_dropped(
     user: User, covers: int | None, to_seq: int, kept: bool
 ) -> None:
     chat = await of_six(user)
-    fine(await chat.put(session_summary="so far", summary_to_seq=covers))
-    assert fine(await rewind(chat, to_seq))["session_summary"] == ("so far" if kept else "")
+    fine(await chat.put(session_summary="so far", summary_to_seq=covers, summary_model="m-1"))
+    session = fine(await rewind(chat, to_seq))
+    assert session["session_summary"] == ("so far" if kept else "")
+    expected = (6 if covers is None else covers, "m-1") if kept else (None, None)
+    assert (session["summary_to_seq"], session["summary_model"]) == expected
     assert ("so far" in (await chat.context())["system"]) == kept
     assert fine(await chat.call("GET", "/summary"))["session_summary"] == ("so far" if kept else "")
 

@@ -10,7 +10,7 @@ from tests.session_service.calls import Chat, Db, Json, User, check_counters, fi
 SESSION_FIELDS = {
     *("session_id", "user_id", "title", "status", "conversation_data", "metadata", "is_active", "message_count"),
     *("total_tokens", "total_cost", "session_summary", "created_at", "updated_at", "last_activity", "version"),
-    *("generation", "idle_timeout_seconds", "expires_at", "ended_reason", "parent"),
+    *("generation", "idle_timeout_seconds", "expires_at", "ended_reason", "parent", "summary_to_seq", "summary_model"),
 }
 
 
@@ -30,6 +30,8 @@ async def test_a_new_session(user: User) -> None:
         "total_tokens": 0,
         "total_cost": 0.0,
         "session_summary": "",
+        "summary_to_seq": None,
+        "summary_model": None,
         "created_at": times,
         "updated_at": times,
         "last_activity": times,
@@ -109,7 +111,7 @@ async def test_an_ended_session_comes_back(user: User, db: Db, if_exists: str, e
     chat = await user.chat(title="T", metadata={"a": 1}, conversation_data={"b": 2}, idle_timeout_seconds=60)
     await chat.append("one", tokens_used=3, cost_usd=0.5)
     await chat.append("two", "assistant", tokens_used=4)
-    fine(await chat.put(session_summary="they said one and two"))
+    fine(await chat.put(session_summary="they said one and two", summary_model="m-1"))
     await chat.remember("a thing")
     if expires:
         await wait(db, chat, 61)
@@ -130,6 +132,7 @@ async def test_an_ended_session_comes_back(user: User, db: Db, if_exists: str, e
     assert (back["total_tokens"], back["total_cost"]) == (7, 0.5)
     assert back["message_count"] == (0 if restarted else 2)
     assert back["session_summary"] == ("" if restarted else "they said one and two")
+    assert (back["summary_to_seq"], back["summary_model"]) == ((None, None) if restarted else (2, "m-1"))
     assert await chat.get() == back
 
     message = await chat.append("three")

@@ -116,6 +116,7 @@ WRONG: dict[str, Change] = {
     "a long title": in_session(title="t" * 501),
     "big metadata": in_session(metadata={"x": "x" * 70_000}),
     "a long summary": in_session(session_summary="s" * 70_000),
+    "a summary by nobody's name": in_session(summary_model=""),
     "no idle timeout": in_session(idle_timeout_seconds=0),
     "times without offset": in_session(created_at="2024-01-01T00:00:00"),
     "activity in the year 9998": in_session(last_activity="9998-12-31T23:59:59Z"),

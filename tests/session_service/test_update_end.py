@@ -50,11 +50,12 @@ async def test_a_put_that_changes_nothing(user: User, status: str) -> None:
     fields: dict[str, Any] = {"title": "T", "metadata": {"a": {"b": [1, None]}}, "conversation_data": {"c": 1}}
     chat = await user.chat(**fields, idle_timeout_seconds=500)
     await chat.append("x")
-    fine(await chat.put(session_summary="s"))
+    fine(await chat.put(session_summary="s", summary_model="m-1"))
     for step in WAY_TO[status]:
         fine(await chat.put(status=step))
     before = await chat.get()
-    everything = {**fields, "idle_timeout_seconds": 500, "session_summary": "s", "status": status}
+    summary = {"session_summary": "s", "summary_to_seq": 1, "summary_model": "m-1"}
+    everything = {**fields, "idle_timeout_seconds": 500, **summary, "status": status}
     nothings: list[dict[str, Any]] = [{}, dict.fromkeys(everything), everything, {"unknown": 1}]
     nothings += [{name: value} for name, value in everything.items()]
     for nothing in nothings:
@@ -71,9 +72,10 @@ CHANGES: list[dict[str, Any]] = [
     {"metadata": {"a": True}},
     {"metadata": {"a": "1"}},
     {"conversation_data": {"x": 1}},
-    {"session_summary": "new"},
+    {"session_summary": "new", "summary_to_seq": 0},
+    {"session_summary": "new", "summary_to_seq": 0, "summary_model": "m-1"},
     {"idle_timeout_seconds": 7},
-    {"title": "n", "metadata": {"n": 1}, "conversation_data": {"n": []}, "session_summary": "n"},
+    {"title": "n", "metadata": {"n": 1}, "conversation_data": {"n": []}, "session_summary": "n", "summary_to_seq": 0},
 ]
 
 
@@ -126,6 +128,51 @@ async def test_a_summary_goes_into_the_context_until_what_it_covers_is_rewound(u
     turn = await chat.open(said("again"), rewind_to_seq=2)
     assert turn.opened["session"]["session_summary"] == ""
     assert turn.opened["context"]["system"] == ""
+
+
+def summary_of(session: dict[str, Any]) -> tuple[str, int | None, str | None]:
+    return session["session_summary"], session["summary_to_seq"], session["summary_model"]
+
+
+async def test_a_summary_tells_its_range_and_who_wrote_it(user: User) -> None:
+    chat = await user.chat()
+    for number in range(4):
+        await chat.append(f"m{number}")
+    assert summary_of(fine(await chat.put(summary_model="m-1"))) == ("", None, None)
+    assert summary_of(fine(await chat.put(session_summary="by m-1", summary_model="m-1"))) == ("by m-1", 4, "m-1")
+    assert summary_of(fine(await chat.put(summary_to_seq=3))) == ("by m-1", 3, "m-1")
+    assert summary_of(fine(await chat.put(session_summary="by m-1"))) == ("by m-1", 3, "m-1")
+    assert summary_of(fine(await chat.put(summary_model="m-2"))) == ("by m-1", 3, "m-2")
+    assert summary_of((await user.sessions())["sessions"][0]) == ("by m-1", 3, "m-2")
+    # A new text is nobody's who has not signed it.
+    assert summary_of(fine(await chat.put(session_summary="mine", summary_to_seq=2))) == ("mine", 2, None)
+    emptied = await chat.put(session_summary="", summary_to_seq=1, summary_model="m-1")
+    assert summary_of(fine(emptied)) == summary_of(await chat.get()) == ("", None, None)
+
+
+async def test_the_context_holds_a_summary_once_and_tells_what_it_does_not_cover(user: User) -> None:
+    chat = await user.chat()
+    for number in range(1, 21):
+        await chat.append(f"m{number} " + "word " * 50, "user" if number % 2 else "assistant")
+    budget = {"max_tokens": 800}
+    turn = await chat.open(said("q1"), context=budget)
+    start = turn.receipt["window_start_seq"]
+    assert 9 < start < 21
+    await turn.complete(said("a1", "assistant"))
+    fine(await chat.put(session_summary="of the first eight", summary_to_seq=8, summary_model="m-1"))
+    turn = await chat.open(said("q2"), context=budget)
+    context = turn.opened["context"]
+    assert context["system"].count("of the first eight") == 1
+    told = [block["text"] for each in context["messages"] for block in _blocks(each["content"])]
+    assert told[0].startswith(f"m{start} ")
+    assert len(told) == len(set(told))
+    # Nine and on are neither told nor summarised, and the receipt says so of all that is before the window.
+    assert turn.receipt["window_start_seq"] == start
+    assert turn.receipt["left_out"] == [{"from_seq": 1, "to_seq": start - 1, "reason": "before_window"}]
+
+
+def _blocks(content: Any) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 # ── DELETE ──────────────────────────────────────────────────────────────────────────────────────

@@ -4,6 +4,7 @@ import secrets
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Response
+from pydantic import AfterValidator
 from uuid_utils import uuid7
 
 from services.relay import key_input, keys
@@ -17,7 +18,15 @@ from shared.door import answer
 
 router = APIRouter(prefix="/admin/api-keys", tags=["api keys"], route_class=AdminRoute)
 
-KeyId = Annotated[str, Path(max_length=255)]
+
+def _storable(text: str | None) -> str | None:
+    if text and "\0" in text:
+        raise ValueError("must not hold U+0000")
+    return text
+
+
+KeyId = Annotated[str, Path(max_length=255), AfterValidator(_storable)]
+Filter = Annotated[str | None, Query(max_length=255), AfterValidator(_storable)]
 
 
 @router.get("")
@@ -25,8 +34,8 @@ async def list_keys(
     state: AppState,
     page: Annotated[int, Query(ge=1, le=1_000_000)] = 1,
     page_size: Annotated[int, Query(ge=1, le=1000)] = 100,
-    search: Annotated[str | None, Query(max_length=255)] = None,
-    tag: Annotated[str | None, Query(max_length=255)] = None,
+    search: Filter = None,
+    tag: Filter = None,
     is_active: Annotated[bool | None, Query(alias="isActive")] = None,
 ) -> Response:
     """Keys that are not deleted, the oldest first; their number is in X-Total-Count."""

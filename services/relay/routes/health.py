@@ -46,6 +46,7 @@ def _is_ready(state: State) -> bool:
 
 
 @router.get("/queue/health")
+@router.get("/api/v1/queue/health", include_in_schema=False)
 async def get_queue(state: AppState) -> Response:
     """How busy the relay is, and whether there are accounts to serve with; 503 when there is none."""
     counts = {"total": len(state.pool.members), "available": 0, "cooling": 0, "disabled": 0}

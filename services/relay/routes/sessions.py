@@ -1,17 +1,29 @@
-"""/sessions/{session_id}: a look at a session, and closing it."""
+"""/sessions/{session_id}: a look at a session, closing it, and having it summarised."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
 
-from services.relay.routes.parameters import AppState, CallerKey, SessionId
+from services.relay.outcomes import Ended
+from services.relay.routes.parameters import AppState, CallerKey, MessagesKey, SessionId
+from services.relay.routes.rendering import request_id_of
 from shared import wire
 from shared.door import answer
 from shared.session_client import SessionKey
+from shared.strict_route import StrictRoute
 
-router = APIRouter(tags=["sessions"])
+router = APIRouter(tags=["sessions"], route_class=StrictRoute)
 
 _SHOWN = ("session_id", "status", "created_at", "last_activity", "expires_at", "message_count", "total_tokens")
+_SUMMARY = ("session_id", "session_summary", "summary_to_seq", "summary_model")
+
+
+class SummaryWish(wire.Input):
+    """`model` writes it, by default RELAY_SUMMARY_MODEL, else the one that answered last; `to_seq`: how far it goes."""
+
+    model: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    to_seq: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
 
 
 async def get_session(session_id: SessionId, state: AppState, key: CallerKey) -> Response:
@@ -29,6 +41,23 @@ async def close_session(session_id: SessionId, state: AppState, key: CallerKey) 
     return answer(_shown(await state.sessions.get_session(session)))
 
 
+async def summarize_session(
+    request: Request, session_id: SessionId, state: AppState, key: MessagesKey, wish: SummaryWish | None = None
+) -> Response:
+    """Has a model summarise the session, and stores it; the next contexts carry it.
+
+    It covers all visible messages, or those up to `to_seq`. A summary that is there is gone on with; one that covers
+    as much already is made anew. Waits for it, two minutes at most.
+    """
+    wish = wish or SummaryWish()
+    session = SessionKey(key.user_id, session_id)
+    async with state.admission.admitted():
+        made = await state.summaries.make(session, key, model=wish.model, to_seq=wish.to_seq)
+    if isinstance(made, Ended):
+        return Response(made.content, made.status, {"request-id": request_id_of(request.scope)} | made.headers)
+    return answer({name: getattr(made, name) for name in _SUMMARY})
+
+
 def _shown(session: wire.Session) -> dict[str, Any]:
     return {name: getattr(session, name) for name in _SHOWN}
 
@@ -38,4 +67,7 @@ for prefix in ("", "/api/v1"):
     router.add_api_route(f"{prefix}/sessions/{{session_id}}", get_session, methods=["GET"], include_in_schema=shown)
     router.add_api_route(
         f"{prefix}/sessions/{{session_id}}/close", close_session, methods=["POST"], include_in_schema=shown
+    )
+    router.add_api_route(
+        f"{prefix}/sessions/{{session_id}}/summarize", summarize_session, methods=["POST"], include_in_schema=shown
     )
