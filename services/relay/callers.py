@@ -45,7 +45,11 @@ class Callers:
         if not secret:
             raise UnknownKey
         digest = keys.digest(self._pepper, secret)
-        key = self._known[digest] if digest in self._known else await self._look_up(digest)
+        if digest in self._known:
+            self._known.move_to_end(digest)
+            key = self._known[digest]
+        else:
+            key = await self._look_up(digest)
         if key is None or not key.is_active or key.deleted_at is not None or _is_over(key.expires_at):
             raise UnknownKey
         return key
@@ -65,10 +69,10 @@ class Callers:
             looking = self._looking[digest] = asyncio.create_task(keys.find(self._conn, digest))
         try:
             key = await asyncio.shield(looking)
-        except DatabaseUnavailable:
+        except Exception as error:
             if self._looking.get(digest) is looking:
                 del self._looking[digest]
-            if (stale := self._stale.get(digest)) is not None:
+            if isinstance(error, DatabaseUnavailable) and (stale := self._stale.get(digest)) is not None:
                 return stale
             raise
         if self._looking.get(digest) is looking:

@@ -2,7 +2,7 @@
 
 Its one invariant: what reads a table is called within a second or so of any change. Postgres notifies at once; that
 it is heard is tried every second, and as long as it is not (no connection, a pooler that swallows it), everything is
-read every second.
+read every second. No table waits for another one.
 """
 
 import asyncio
@@ -35,33 +35,43 @@ class Changes:
         self._url = url
         self._channel = f"relay_{schema}"
         self._readers = readers
-        self._changed: set[str] = set()
-        self._news = asyncio.Event()
+        self._changed = {table: asyncio.Event() for table in readers}
         self._heard = asyncio.Event()
         self._is_hearing = False
 
     async def run(self) -> None:
         """For ever."""
-        listening = asyncio.create_task(self._keep_listening())
+        tasks = [asyncio.create_task(self._keep_reading(table)) for table in self._readers]
+        tasks.append(asyncio.create_task(self._keep_listening()))
         try:
-            while True:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._news.wait(), _EVERY_SECONDS)
-                self._news.clear()
-                tables = set(self._changed) if self._is_hearing else set(self._readers)
-                self._changed.clear()
-                for table in tables:
-                    await self._read(table)
+            await asyncio.gather(*tasks)
         finally:
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _read(self, table: str) -> None:
+    async def _keep_reading(self, table: str) -> None:
+        changed = self._changed[table]
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), _EVERY_SECONDS)
+            if self._is_hearing and not changed.is_set():
+                continue
+            changed.clear()
+            if not await self._read(table):
+                await asyncio.sleep(_EVERY_SECONDS)
+                changed.set()
+
+    async def _read(self, table: str) -> bool:
         try:
             await self._readers[table]()
         except Unavailable as error:
-            self._changed.add(table)
             log.warning("refresh_delayed", table=table, reason=error.code)
+            return False
+        except Exception:  # the next change must be heard all the same
+            log.exception("refresh_failed", table=table)
+            return False
+        return True
 
     async def _keep_listening(self) -> None:
         while True:
@@ -75,6 +85,7 @@ class Changes:
         """Listens until it no longer hears itself; raises one of _FAULTS."""
         connection = await asyncpg.connect(self._url, timeout=_CONNECT_SECONDS, command_timeout=_CONNECT_SECONDS)
         try:
+            connection.add_termination_listener(self._on_end)
             await connection.add_listener(self._channel, self._on_notify)
             while True:
                 self._heard.clear()
@@ -86,13 +97,13 @@ class Changes:
                         raise
                     log.warning("notifications_not_heard", hint="LISTEN_DATABASE_URL must not lead through a pooler")
                     return
-                if not self._is_hearing:  # what changed before is not known
-                    self._changed |= set(self._readers)
+                if not self._is_hearing:
                     self._is_hearing = True
-                    self._news.set()
+                    self._read_all()  # what changed before is not known
                 await asyncio.sleep(_EVERY_SECONDS)
         finally:
-            self._is_hearing = False
+            if self._is_hearing:
+                self._on_end(connection)
             with contextlib.suppress(*_FAULTS):
                 await connection.close(timeout=1)
 
@@ -100,5 +111,13 @@ class Changes:
         if payload == _HELLO:
             self._heard.set()
         elif payload in self._readers:
-            self._changed.add(str(payload))
-            self._news.set()
+            self._changed[str(payload)].set()
+
+    def _on_end(self, _connection: Any) -> None:
+        """Does not wait for the next try to find out that nothing is heard any more."""
+        self._is_hearing = False
+        self._read_all()
+
+    def _read_all(self) -> None:
+        for changed in self._changed.values():
+            changed.set()

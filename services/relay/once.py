@@ -6,7 +6,6 @@ Its one invariant: a key that was taken is given up on every way out: with the a
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Final
 
 from services.relay import idempotency, replays
 from services.relay.history import Array
@@ -18,7 +17,6 @@ from services.relay.session_ids import Choice
 from services.relay.upstream import encode_body
 from shared.session_client import SessionKey
 
-REPLAYED: Final = {"idempotent-replayed": "true"}
 _KEPT_HEADERS: tuple[str, ...] = ("x-session-id", "x-turn-id", "x-session-persisted", "request-id")
 
 

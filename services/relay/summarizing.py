@@ -12,7 +12,7 @@ from services.relay.answers import Answer
 from services.relay.assembly import storable
 from services.relay.attempts import Asking, Attempt
 from services.relay.errors import InvalidRequest, SummaryOutdated, UpstreamOverloaded
-from services.relay.key_limits import KeyLimits, Used
+from services.relay.key_limits import KeyLimits
 from services.relay.keys import Key
 from services.relay.metrics import Metrics
 from services.relay.outcomes import Ended
@@ -144,13 +144,9 @@ class Summarizer:
         if wanted.payer is None:
             completed = await self._completed(request, wanted.gives_way)
         else:
-            expected, used = spending.expected(request), Used()
-            reservation = await self.key_limits.reserve(wanted.payer, expected.tokens, expected.cost)
-            try:
+            async with spending.billed(self.key_limits, wanted.payer, request) as bill:
                 completed = await self._completed(request, wanted.gives_way)
-                used = spending.of(completed)
-            finally:
-                await self.key_limits.settle(reservation, used)
+                await bill.settle(spending.of(completed))
         blocks = completed.messages[0].content if completed.messages else []
         text = "".join(str(block["text"]) for block in blocks if isinstance(block, dict) and block["type"] == "text")
         if not text.strip():

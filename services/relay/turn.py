@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from time import monotonic
-from typing import Any, Final
+from typing import Any
 
 import structlog
 
@@ -22,7 +22,6 @@ from services.relay import (
     once,
     outcomes,
     prompt,
-    replays,
     session_ids,
     spending,
     streaming,
@@ -31,93 +30,74 @@ from services.relay.admission import Entry
 from services.relay.answers import Answer
 from services.relay.assembly import Assembly
 from services.relay.attempts import Attempt
+from services.relay.delivery import EVENT_STREAM, Delivery
 from services.relay.errors import Interrupted, RelayError
 from services.relay.history import Opened
 from services.relay.idempotency import Replay
-from services.relay.key_limits import Reservation, Used
+from services.relay.interruption import Interruption
 from services.relay.once import Once
 from services.relay.outcomes import Ended
 from services.relay.parts import Caller, Parts, Reply
-from services.relay.pipe import Pipe
 from services.relay.request import ClaudeRequest
 from services.relay.session_ids import Choice
+from services.relay.spending import Bill
 from services.relay.upstream import MESSAGES_PATH, UpstreamAnswer, UpstreamRequest
 from shared import wire
 from shared.errors import Internal, ServiceError, Unavailable
 
 log = structlog.get_logger(__name__)
 
-_ATTEMPTS: Final = "x-relay-attempts"
-_EVENT_STREAM: Final = "text/event-stream"
-
 
 class Turn:
-    """A turn that runs. `reply` is there when the answer's head may go out."""
+    """A turn that runs."""
 
     def __init__(self, parts: Parts, caller: Caller, request: ClaudeRequest, entry: Entry) -> None:
         self._parts = parts
         self._caller = caller
         self._request = request
         self._entry = entry
-        self._started_at = monotonic()
         self._body = request.body
-        self._headers = {_ATTEMPTS: "0"}
+        self._delivery = Delivery(caller, parts.metrics, is_stream=request.stream)
         self._attempt: Attempt | None = None
-        self._pipe = Pipe()
-        self._giving_up: asyncio.Timeout | None = None
-        self._reservation: Reservation | None = None
+        self._interruption = Interruption()
+        self._bill: Bill
         self._brings_session = False
         self._has_left = False
-        self._is_interrupted = False
         self.stored: wire.TurnCompleted | None = None
         """What the store has made of the turn, once it has; not when that comes later, by the spool."""
-        self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self.task = asyncio.create_task(self._run())
+
+    @property
+    def reply(self) -> asyncio.Future[Reply]:
+        """There when the answer's head may go out."""
+        return self._delivery.reply
 
     def leave(self) -> None:
         """The client has gone; by the settings the turn is interrupted, or goes on without it."""
         self._has_left = True
-        self._pipe.drop()
+        self._delivery.pipe.drop()
         if self._parts.settings.relay_on_disconnect == "cancel":
             self.interrupt()
 
     def interrupt(self) -> None:
         """Lets go of upstream, or of its place in a queue, at once; what has come of the answer is stored."""
-        if self._giving_up is not None and not self._is_interrupted:
-            self._giving_up.reschedule(asyncio.get_running_loop().time())
-        self._is_interrupted = True
-
-    @asynccontextmanager
-    async def _interruptible(self) -> AsyncIterator[None]:
-        """Raises Interrupted as soon as the turn is interrupted; whatever runs inside is cancelled."""
-        if self._is_interrupted:
-            raise Interrupted
-        self._giving_up = asyncio.timeout(None)
-        try:
-            async with self._giving_up:
-                yield
-        except TimeoutError:
-            if self._is_interrupted:
-                raise Interrupted from None
-            raise
-        finally:
-            self._giving_up = None
+        self._interruption.set()
 
     # ── the order ───────────────────────────────────────────────────────────────────────────────
 
     async def _run(self) -> None:
         outcome = "rejected"
         try:
-            async with self._interruptible():
+            async with self._interruption.watched():
                 await self._entry.begin()
             outcome = await self._serve()
         except ServiceError as error:
-            self._tell(Reply(error.status, self._headers, error=error))
+            self._delivery.fail(error)
         except Exception:
             log.exception("turn_fault")
-            self._tell(Reply(500, self._headers, error=Internal()))
+            self._delivery.fail(Internal())
         finally:
-            self._pipe.close()
+            self._delivery.pipe.close()
             self._parts.metrics.turns.labels(outcome).inc()
 
     async def _serve(self) -> str:
@@ -126,9 +106,10 @@ class Turn:
         self._brings_session = choice is not None and choice.kind != "fresh"
         async with once.began(self._parts, self._caller, self._request, choice) as began:
             if isinstance(began, Replay):
-                return self._replay(began)
+                self._delivery.replay(began)
+                return "replayed"
             self._parts.asking.pool.check(self._request.model)
-            async with self._reserved():
+            async with spending.billed(self._parts.key_limits, self._caller.key, self._request) as self._bill:
                 return await self._serve_once(choice, began)
 
     async def _serve_once(self, choice: Choice | None, began: Once | None) -> str:
@@ -138,26 +119,9 @@ class Turn:
             async with self._session(choice, began) as opened:
                 return await self._serve_in(opened, began)
         except Unavailable:
-            if self._caller.headers.get("x-session-store") != "best-effort" or "x-turn-id" in self._headers:
+            if self._caller.headers.get("x-session-store") != "best-effort" or self._delivery.has_turn:
                 raise
         return await self._serve_alone(began)
-
-    @asynccontextmanager
-    async def _reserved(self) -> AsyncIterator[None]:
-        """What the request may use of its key's limits; raises KeyLimitReached."""
-        key = self._caller.key
-        expected = spending.expected(self._request) if key.is_limited else Used()
-        self._reservation = await self._parts.key_limits.reserve(key, expected.tokens, expected.cost)
-        try:
-            yield
-        finally:
-            await self._settle(Used())
-
-    async def _settle(self, used: Used) -> None:
-        """Once: what was used takes the place of what was reserved."""
-        reservation, self._reservation = self._reservation, None
-        if reservation is not None:
-            await self._parts.key_limits.settle(reservation, used)
 
     @asynccontextmanager
     async def _session(self, choice: Choice, began: Once | None) -> AsyncIterator[Opened]:
@@ -169,7 +133,7 @@ class Turn:
         key = await history.session_of(parts.sessions, self._caller.key.user_id, choice, array)
         deadline = monotonic() + wishes.wait_seconds
         async with AsyncExitStack() as held:
-            async with self._interruptible():
+            async with self._interruption.watched():
                 await held.enter_async_context(parts.lines.place(key, wait_seconds=wishes.wait_seconds))
                 await held.enter_async_context(self._entry.place())
             await parts.spool.settle(key)
@@ -189,21 +153,19 @@ class Turn:
             limit.opened(opened.turn.session)
         finally:
             limit.leave(opening.key)
-        self._headers["x-session-id"] = session_ids.encoded(opened.key.session_id)
-        self._headers["x-turn-id"] = opened.turn.turn_id
-        self._headers["x-session-persisted"] = "pending"
+        self._delivery.opened(session_ids.encoded(opened.key.session_id), opened.turn.turn_id)
         structlog.contextvars.bind_contextvars(turn_id=opened.turn.turn_id)
         return opened
 
     async def _serve_alone(self, began: Once | None) -> str:
         """Without a session."""
         async with AsyncExitStack() as held:
-            async with self._interruptible():
+            async with self._interruption.watched():
                 await held.enter_async_context(self._entry.place())
             return await self._serve_in(None, began)
 
     async def _serve_in(self, opened: Opened | None, began: Once | None) -> str:
-        if self._is_interrupted:  # nothing was asked yet: as if the request had not been
+        if self._interruption.is_set:  # nothing was asked yet: as if the request had not been
             ended = Ended(Answer("refused", error={"type": "client_gone"}), error=Interrupted())
         else:
             ended = await self._answered(opened)
@@ -234,20 +196,14 @@ class Turn:
             persisted = await self._parts.spool.complete(*place, completed, self._on_stored)
         self._parts.metrics.count_tokens(completed.model, completed.usage)
         self._parts.metrics.count_cost(completed.model, completed.cost_usd)
-        await self._settle(spending.of(completed))
+        await self._bill.settle(spending.of(completed))
         if opened is not None and completed.status == "completed" and persisted != "none":
             account_id, usage = ended.answer.upstream.get("account"), completed.usage or {}
             pool, key = self._parts.session_pool, self._caller.key
             pool.note(key, opened.key, account_id=account_id, model=completed.model, usage=usage)
         if began is not None:
-            await began.end(ended, self._headers | ended.headers | {"x-session-persisted": persisted})
-        if self.reply.done():
-            if ended.error is not None:
-                self._pipe.put_now(streaming.error_event(ended.error, self._caller.request_id))
-            self._pipe.put_now(ended.content)
-            return
-        headers = self._headers | ended.headers | {"x-session-persisted": persisted}
-        self._tell(Reply(ended.status, headers, ended.content, ended.error))
+            await began.end(ended, self._delivery.whole_headers(ended, persisted))
+        self._delivery.end(ended, persisted)
 
     def _on_stored(self, stored: wire.TurnCompleted) -> None:
         self.stored = stored
@@ -258,9 +214,9 @@ class Turn:
         """Asks upstream and passes on what it says; every way in which that can end is an Ended."""
         parts, caller = self._parts, self._caller
         request = UpstreamRequest(MESSAGES_PATH, caller.query, caller.headers, body)
-        early = asyncio.get_running_loop().call_later(parts.settings.relay_ping_seconds, self._release_early)
+        early = asyncio.get_running_loop().call_later(parts.settings.relay_ping_seconds, self._delivery.release_early)
         try:
-            async with self._interruptible():
+            async with self._interruption.watched():
                 prefers = await self._preferred(opened)
                 ended = await parts.asking.ask(request, self._take, prefers=prefers, on_attempt=self._on_attempt)
         except streaming.Stalled:
@@ -284,17 +240,18 @@ class Turn:
         """The account whose prompt cache is warm: for the session, or for one who has brought none, in the pool."""
         if not self._parts.asking.pool.has_choice(self._request.model):
             return None
-        own = await self._parts.affinity.of(opened.key) if opened else None
-        return own if own or self._brings_session else self._parts.session_pool.preferred_account
+        if opened is None or not self._brings_session:
+            return self._parts.session_pool.preferred_account
+        return await self._parts.affinity.of(opened.key)
 
     def _on_attempt(self, attempt: Attempt) -> None:
-        self._headers[_ATTEMPTS] = str(attempt.number)
+        self._delivery.attempted(attempt.number)
         self._attempt = attempt
 
     async def _take(self, answer: UpstreamAnswer, attempt: Attempt) -> Ended:
         headers = outcomes.passed_headers(answer.headers)
         told = outcomes.source(answer.status, answer.headers)
-        if not (self._request.stream and answer.headers.get("content-type", "").startswith(_EVENT_STREAM)):
+        if not (self._request.stream and answer.headers.get("content-type", "").startswith(EVENT_STREAM)):
             content = await answer.read()
             return Ended(
                 Answer("completed", outcomes.message_of(content), told), headers=headers, content=content, plain=content
@@ -302,55 +259,20 @@ class Turn:
 
         def release() -> None:
             attempt.committed()
-            self._release(headers)
+            self._delivery.release(headers)
 
         rest = await streaming.pass_on(
             answer,
             attempt.assembly,
-            self._pipe,
+            self._delivery.pipe,
             release=release,
             on_stall=self._on_stall,
             stalled_seconds=self._parts.settings.relay_stalled_client_seconds,
         )
         return Ended(Answer("completed", attempt.assembly.message(), told), content=rest)
 
-    # ── the client ──────────────────────────────────────────────────────────────────────────────
-
-    def _replay(self, replay: Replay) -> str:
-        self._headers |= replay.headers | once.REPLAYED
-        if self._request.stream:
-            self._pipe.put_now(b"".join(replays.stream_of(replay.message)))
-            self._release({})
-        else:
-            self._tell(Reply(200, self._headers | {"content-type": "application/json"}, replay.message))
-        return "replayed"
-
-    def _release_early(self) -> None:
-        """Upstream says nothing for long: a stream's head goes out, with a ping, before there is an answer."""
-        if self._request.stream and not self.reply.done():
-            self._pipe.put_now(streaming.PING)
-            self._release({})
-
-    def _release(self, headers: dict[str, str]) -> None:
-        """Lets a stream's head go out."""
-        own = {
-            "content-type": f"{_EVENT_STREAM}; charset=utf-8",
-            "cache-control": "no-cache",
-            "request-id": self._caller.request_id,
-        }
-        persisted = {"x-session-persisted": self._headers.get("x-session-persisted", "none")}
-        self._tell(Reply(200, own | self._headers | headers | persisted, self._pipe))
-
     def _on_stall(self) -> None:
         """The client reads nothing: by the settings it is let go and the answer read on, or the turn interrupted."""
         if self._parts.settings.relay_on_disconnect == "cancel":
             raise streaming.Stalled
-        self._pipe.cut(streaming.error_event(Interrupted(), self._caller.request_id))
-
-    def _tell(self, reply: Reply) -> None:
-        if self.reply.done():
-            if reply.error is not None:
-                self._pipe.put_now(streaming.error_event(reply.error, self._caller.request_id))
-            return
-        self._parts.metrics.first_byte.observe(monotonic() - self._started_at)
-        self.reply.set_result(reply)
+        self._delivery.let_go()
