@@ -3,14 +3,16 @@
 import asyncio
 import json
 import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from tests.relay.calls import Chat, Json, assistant, error_of, user
+from tests.relay.calls import Chat, Json, assistant, error_of, events_of, streamed_text, user
 from tests.upstream import rules
 from tests.upstream.client import TestUpstream
 
@@ -322,77 +324,301 @@ async def test_a_busy_session_may_be_refused_at_once(chat: Chat, upstream: TestU
 
 # ── any mix ─────────────────────────────────────────────────────────────────────────────────────
 
-_texts = st.sampled_from(["one", "two ", "drei", "四"])
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}
+MARK = {"cache_control": {"type": "ephemeral"}}
+NO_RESULT = "No result of this tool call was recorded."
+SYSTEM = [{"type": "text", "text": "Be brief", **MARK}]
+ANSWERS = ("text", "thinking", "tools", "all")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One request: what the client makes of the conversation it sees, what it says then, and how that ends.
+
+    `edits` are those of a client that sends everything again; None: it sends only what is new.
+    """
+
+    edits: list[tuple[str, int]] | None
+    says: list[str]
+    prefill: str | None
+    answer: str
+    ending: str
+    is_disguised: bool
+
+
+_edits = st.lists(st.tuples(st.sampled_from(["cut end", "cut start", "drop", "reword"]), st.integers(0, 5)), max_size=2)
 _steps = st.lists(
-    st.one_of(
-        st.tuples(st.just("new"), _texts),
-        st.tuples(st.just("all"), _texts),
-        st.tuples(st.just("again"), st.integers(1, 6)),
-        st.tuples(st.just("edit"), st.integers(0, 6), _texts),
-        st.tuples(st.just("prefill"), _texts),
-        st.tuples(st.just("refused"), _texts),
-        st.tuples(st.just("fail"), _texts),
+    st.builds(
+        Step,
+        edits=st.none() | st.just([]) | _edits,
+        says=st.just(["text"])
+        | st.lists(st.sampled_from(["text", "other text", "image", "results", "no results"]), max_size=2),
+        prefill=st.none() | st.none() | st.sampled_from(["It is", "四"]),
+        answer=st.sampled_from(ANSWERS),
+        ending=st.sampled_from(["plain", "plain", "plain", "stream", "cut", "fails", "refused", "no conflict"]),
+        is_disguised=st.booleans(),
     ),
-    min_size=1,
-    max_size=7,
+    min_size=4,
+    max_size=10,
 )
 
 
 @given(steps=_steps)
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-async def test_any_mix_of_requests(chat: Chat, upstream: TestUpstream, steps: list[tuple[Any, ...]]) -> None:
-    """What is stored is the conversation as the client sees it, and upstream got valid requests only."""
-    mine = Chat(chat.http, chat.sessions, f"mix-{uuid.uuid4().hex}")
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_any_mix_of_requests(
+    chat: Chat, upstream: TestUpstream, rest: Callable[[], None], steps: list[Step]
+) -> None:
+    """What is stored is the conversation as the client sees it, messages that stay are the same rows, and upstream
+    got a valid request that holds just this conversation: in the client's own form, where the client sent it."""
+    mine = Mirror(Chat(chat.http, chat.sessions, f"mix-{uuid.uuid4().hex}"), upstream, rest)
+    for step in steps:
+        note(str(step))
+        await mine.take(step)
+    totals = (await chat.sessions.get(mine.chat.path, params={"user_id": "dev"})).json()
+    assert totals["message_count"] == len(mine.seen)
+
+
+_side_steps = st.lists(
+    st.tuples(st.sampled_from(["u1", "title", "task"]), _edits, st.booleans()), min_size=2, max_size=8
+)
+
+
+@given(steps=_side_steps)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_any_mix_under_an_implied_id(
+    chat: Chat, upstream: TestUpstream, steps: list[tuple[str, list[tuple[str, int]], bool]]
+) -> None:
+    """Nothing is ever put before an array; it is stored as it is, in the session of those that begin like it."""
     upstream.reset()
-    seen: list[Json] = []
-    for number, step in enumerate(steps):
-        seen = await _take(mine, upstream, seen, step, f"answer {number}")
-        assert await mine.history() == flat(seen), steps
-    for entry in upstream.requests("/v1/messages"):
-        assert rules.problem(entry["json"]) is None
-    totals = (await chat.sessions.get(mine.path, params={"user_id": "dev"})).json()
-    assert totals["message_count"] == len(seen)
+    session_id = f"implied-{uuid.uuid4().hex}"
+    seen: dict[str, list[Json]] = {}
+    told: dict[str, str] = {}
+    for number, (first, edits, is_answered) in enumerate(steps):
+        rest = edited(seen.get(first, [user(first)])[1:], edits) if is_answered else []
+        array = [user(first), *rest, *([user(f"more {number}")] if rest else [])]
+        upstream.script({"text": f"answer {number}"})
+        body = {"model": "test-model", "max_tokens": 10, "messages": array}
+        answer = await chat.http.post("/v1/messages", json=body, headers={"x-claude-code-session-id": session_id})
+        assert upstream.requests("/v1/messages")[-1]["json"] == body
+        seen[first] = [*array, assistant(f"answer {number}")]
+        assert told.setdefault(first, answer.headers["x-session-id"]) == answer.headers["x-session-id"]
+        for name, side in told.items():
+            stored = await Chat(chat.http, chat.sessions, side).stored()
+            assert told_by(stored) == told_by(seen[name])
+    main, *sides = told.values()
+    assert main == session_id
+    assert all(side.startswith(f"{session_id}~") for side in sides)
+    assert len({*told.values()}) == len(told)
 
 
-async def _take(chat: Chat, upstream: TestUpstream, seen: list[Json], step: tuple[Any, ...], text: str) -> list[Json]:
-    """Does the step, and gives the conversation as the client sees it then."""
-    kind, *rest = step
-    if kind == "new":
-        upstream.script({"text": text})
-        await chat.say(rest[0])
-        return [*seen, user(rest[0]), assistant(text)]
-    asked = [*seen, user(rest[-1])]
-    if kind == "again":
-        ends = [place for place, message in enumerate(seen) if message["role"] == "user"]
-        asked = seen[: ends[-min(rest[0], len(ends))] + 1] if ends else [user("first")]
-    elif kind == "edit":
-        kept = rest[0] - rest[0] % 2
-        asked = [*seen[:kept], user(rest[1])]
-    if kind in {"again", "edit", "fail", "refused"} and not any(each["role"] == "assistant" for each in asked):
-        asked = [user("q"), assistant("a"), *asked]  # else it would count as new
-    if kind == "refused":
-        upstream.script({"status": 400})
-        answer = await chat.ask(*asked)
-        assert answer.status_code == 400
-        return _before_refusal(seen, asked)
-    if kind == "fail":
-        upstream.script({"status": 503})
-        assert (await chat.ask(*asked)).status_code == 529
-        return asked
-    if kind == "prefill":
-        upstream.script({"text": " more"})
-        await chat.say(*asked, assistant(text))
-        return [*asked, assistant(f"{text} more")]
-    if kind == "all" and not seen:
-        asked = [user("q"), assistant("a"), *asked]
-    upstream.script({"text": text})
-    await chat.say(*asked)
-    return [*asked, assistant(text)]
+class Mirror:
+    """A client and the conversation as it sees it; `take` does a step and compares."""
+
+    def __init__(self, chat: Chat, upstream: TestUpstream, rest: Callable[[], None]) -> None:
+        self.chat = chat
+        self.seen: list[Json] = []
+        self._upstream = upstream
+        self._rest = rest
+        self._rows: list[Json] = []
+        self._made = 0
+
+    async def take(self, step: Step) -> None:
+        array = self._array(step)
+        end = last_of_user(array) + 1
+        is_whole = any(each["role"] == "assistant" for each in array)
+        # Where there is no assistant message the array is new; else it is the whole conversation.
+        asked = array[:end] if is_whole else self.seen + array
+        agreed = same_beginning(self.seen, asked)
+        prefill = [block for each in array[end:] for block in blocks(each)]
+        sent = array
+        if is_whole and step.is_disguised:
+            sent = [disguised(each, is_marked=each is array[agreed - 1]) for each in array[:agreed]] + array[agreed:]
+        is_valid = not is_whole or rules.problem(self.chat.body(*sent) | {"metadata": {}}) is None
+        self._upstream.reset()
+        if step.ending == "no conflict" and agreed < min(len(asked), len(self.seen)):
+            answer = await self.chat.ask(*sent, system=SYSTEM, headers={"x-session-conflict": "reject"})
+            assert answer.status_code == 409
+            assert self._upstream.requests() == []
+            agreed = len(self.seen)
+        else:
+            said = await self._ask(step, sent, is_valid=is_valid)
+            # A refused turn's own messages are taken back; what it rewound stays rewound.
+            self.seen = asked[:agreed] if said is None else asked
+            self.seen = [*self.seen, assistant(joined(prefill, said))] if said else self.seen
+            self._compare_upstream(sent, asked, is_whole=is_whole, is_valid=is_valid)
+        rows = await self.chat.stored()
+        assert told_by(rows) == told_by(self.seen)
+        ids = [(each["seq"], each["message_id"]) for each in rows[:agreed]]
+        assert ids == [(each["seq"], each["message_id"]) for each in self._rows[:agreed]]
+        self._rows = rows
+
+    def _array(self, step: Step) -> list[Json]:
+        """The messages that the client sends, as it has them; one of the user is among them."""
+        kept = [] if step.edits is None else edited(self.seen, step.edits)
+        before = kept if any(each["role"] == "assistant" for each in kept) else self.seen
+        if before is not kept:  # as new messages these would answer calls a second time
+            kept = [each for each in kept if all(block["type"] != "tool_result" for block in blocks(each))]
+        new: list[Json] = []
+        for kind in step.says:
+            if content := self._content(kind, before if not new else []):
+                new.append(user(content))
+        array = [*kept, *new]
+        if all(each["role"] != "user" for each in array):
+            array.append(user("Hello"))
+        return array if step.prefill is None else [*array, assistant(step.prefill)]
+
+    def _content(self, kind: str, before: list[Json]) -> Any:
+        calls = [block["id"] for block in blocks(before[-1]) if block["type"] == "tool_use"] if before else []
+        results = [{"type": "tool_result", "tool_use_id": each, "content": f"of {each}"} for each in calls]
+        if kind == "results":
+            return results
+        if kind == "image":
+            return [*results, text(f"And this? {len(before)}"), {**IMAGE, **MARK}]
+        said = f"{'another' if kind == 'other text' else 'question'} {len(before)}"
+        return [*results, text(said)] if results and kind != "no results" else said
+
+    async def _ask(self, step: Step, sent: list[Json], *, is_valid: bool) -> list[Json] | None:
+        """The blocks of the answer as the client sees it, none when it sees none; None when it was refused."""
+        self._made += 1
+        answer = made_answer(step.answer, self._made)
+        if step.ending == "refused" or not is_valid:
+            if step.ending == "refused":
+                self._upstream.script({"status": 400})
+            assert (await self.chat.ask(*sent, system=SYSTEM)).status_code == 400
+            return None
+        if step.ending == "fails":
+            self._upstream.script({"status": 503})
+            assert (await self.chat.ask(*sent, system=SYSTEM)).status_code == 529
+            self._rest()
+            return []
+        if step.ending == "cut":
+            self._upstream.script({"text": f"{self._made} " + "word " * 20, "cut_after_events": 6})
+            return [text(streamed_text(await self.chat.stream_whole(*sent, system=SYSTEM)))]
+        self._upstream.script({"blocks": answer})
+        if step.ending == "stream":
+            assert events_of(await self.chat.stream_whole(*sent, system=SYSTEM))[-1][0] == "message_stop"
+        else:
+            headers = {"x-session-conflict": "reject"} if step.ending == "no conflict" else None
+            told = await self.chat.ask(*sent, system=SYSTEM, headers=headers)
+            assert told.status_code == 200, told.text
+            assert told.json()["content"] == answer
+        return answer
+
+    def _compare_upstream(self, sent: list[Json], asked: list[Json], *, is_whole: bool, is_valid: bool) -> None:
+        (request,) = (entry["json"] for entry in self._upstream.requests("/v1/messages"))
+        assert is_valid is (rules.problem(request) is None)
+        assert request["system"] == SYSTEM
+        if is_whole:
+            assert request["messages"] == sent
+        else:
+            assert spoken(request["messages"]) == spoken(asked)
+            assert request["messages"][-1]["role"] == "user"
+            assert json.dumps(request).count('"cache_control"') <= 4
 
 
-def _before_refusal(seen: list[Json], asked: list[Json]) -> list[Json]:
-    """A refused turn's own messages are taken back; what it rewound stays rewound."""
+def text(value: str, **more: Any) -> Json:
+    return {"type": "text", "text": value, **more}
+
+
+def blocks(message: Json) -> list[Json]:
+    """A message's blocks, one that is stored or one that is sent."""
+    content = message.get("content_blocks") or message["content"]
+    return [text(content)] if isinstance(content, str) else list(content)
+
+
+def told_by(messages: list[Json]) -> list[tuple[str, list[Json]]]:
+    return [(each["role"], blocks(each)) for each in messages]
+
+
+def last_of_user(array: list[Json]) -> int:
+    return max(place for place, each in enumerate(array) if each["role"] == "user")
+
+
+def same_beginning(one: list[Json], other: list[Json]) -> int:
+    """How many messages of the two are the same from the first on."""
     same = 0
-    while same < min(len(seen), len(asked)) and seen[same] == asked[same]:
+    while same < min(len(one), len(other)) and spoken([one[same]]) == spoken([other[same]]):
         same += 1
-    return asked[:same]
+    return same
+
+
+def spoken(messages: list[Json]) -> list[tuple[str, list[Json]]]:
+    """What is said, without cache marks and without what stands for no result.
+
+    Adjacent messages of one role are one, in which results come first.
+    """
+    told: list[tuple[str, list[Json]]] = []
+    for each in messages:
+        said = [{name: value for name, value in block.items() if name != "cache_control"} for block in blocks(each)]
+        said = [block for block in said if block.get("content") != NO_RESULT or not block["is_error"]]
+        if told and told[-1][0] == each["role"]:
+            told[-1][1].extend(said)
+        else:
+            told.append((each["role"], said))
+    return [(role, sorted(said, key=lambda block: block["type"] != "tool_result")) for role, said in told]
+
+
+def edited(seen: list[Json], edits: list[tuple[str, int]]) -> list[Json]:
+    kept = list(seen)
+    for kind, place in edits:
+        if kind == "cut end":
+            kept = kept[: max(0, len(kept) - place)]
+        elif kind == "cut start":
+            kept = kept[place:]
+        elif kept:
+            one = kept.pop(place % len(kept))
+            if kind == "reword":
+                kept.insert(place % (len(kept) + 1), {"role": one["role"], "content": [*map(reworded, blocks(one))]})
+    return kept
+
+
+def reworded(block: Json) -> Json:
+    others: dict[str, Json] = {
+        "text": {"text": "other"},
+        "tool_use": {"input": {"n": 2}},
+        "tool_result": {"content": "other"},
+    }
+    return {**block, **others.get(block["type"], {})}
+
+
+def disguised(message: Json, *, is_marked: bool) -> Json:
+    """The same message in another form: texts in pieces, marks, blanks and nulls, no thinking, 1.0 for 1."""
+    forms: list[Json] = []
+    for block in blocks(message):
+        if block["type"] == "text":
+            half = len(block["text"].rstrip()) // 2
+            forms += [text(block["text"][:half])] if half else []
+            forms.append(text(block["text"][half:], citations=None))
+        elif block["type"] == "tool_use":
+            forms.append(block | {"input": {name: float(n) for name, n in reversed(block["input"].items())}})
+        elif block["type"] == "tool_result":
+            forms.append(block | {"content": [text(block["content"])], "is_error": False})
+        elif block["type"] != "thinking":
+            forms.append(block)
+    if forms[-1]["type"] == "text":
+        forms[-1]["text"] += " \n"
+    if is_marked:
+        forms[-1] = {**forms[-1], **MARK}
+    return message | {"content": forms}
+
+
+def joined(prefill: list[Json], answer: list[Json]) -> list[Json]:
+    if prefill and prefill[-1]["type"] == answer[0]["type"] == "text":
+        return [*prefill[:-1], text(prefill[-1]["text"] + answer[0]["text"]), *answer[1:]]
+    return [*prefill, *answer]
+
+
+def made_answer(kind: str, number: int) -> list[Json]:
+    """An answer that no other answer of the conversation is like."""
+    thought = f"Thinking of {number}"
+    thinking = {"type": "thinking", "thinking": thought, "signature": rules.signature(thought)}
+    calls = [
+        {"type": "tool_use", "id": f"call_{number}{letter}", "name": "f", "input": {"n": 1, "m": number}}
+        for letter in "ab"
+    ]
+    return {
+        "text": [text(f"answer {number}")],
+        "thinking": [thinking, text(f"answer {number}", **MARK)],
+        "tools": calls,
+        "all": [thinking, text(f"answer {number}"), calls[0]],
+    }[kind]
