@@ -125,6 +125,10 @@ class HistoryConflict(RelayError):
     code = "history_conflict"
     default_detail = "The messages depart from the stored conversation (X-Session-Conflict: reject)"
 
+    def headers(self) -> dict[str, str]:
+        """The same messages depart from it another time too."""
+        return super().headers() | {"x-should-retry": "false"}
+
 
 class SummaryOutdated(RelayError):
     status = 409

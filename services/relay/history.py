@@ -27,7 +27,7 @@ from services.relay.assembly import storable
 from services.relay.errors import HistoryConflict, InvalidRequest
 from services.relay.idempotency import Earlier
 from services.relay.replays import rewind_for
-from services.relay.session_ids import Choice
+from services.relay.session_ids import Choice, keeps_rules
 from services.relay.settings import RelaySettings
 from shared import wire
 from shared.canonical import message_hash
@@ -209,9 +209,11 @@ async def session_of(sessions: SessionClient, user_id: str, choice: Choice, arra
 
 
 def _side_id(session_id: str, part: str) -> str:
+    """A part that no id can hold, or only a very long one, is replaced by its hash, as a very long session id is."""
     if len(session_id) > _SIDE_ID_CHARACTERS:
         session_id = hashlib.sha256(session_id.encode()).hexdigest()
-    return f"{session_id}~{part}"
+    side_id = f"{session_id}~{part}"
+    return side_id if keeps_rules(side_id) else f"{session_id}~{hashlib.sha256(part.encode()).hexdigest()}"
 
 
 @dataclass(frozen=True, slots=True)

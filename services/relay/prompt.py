@@ -4,13 +4,12 @@ Its one invariant: whatever the client sent goes on unchanged in value; of a reb
 earlier messages are ever dropped, oldest first, because upstream takes four.
 """
 
-from typing import Any, Final
+from typing import Any
 
 from services.relay.assembly import storable
 from services.relay.history import Opened, blocks_of
 from services.relay.request import ClaudeRequest
-
-_MAX_CACHE_MARKS: Final = 4
+from shared import cache_marks
 
 Message = dict[str, Any]
 
@@ -42,18 +41,26 @@ def _with_new(opened: Opened, new: list[Message]) -> list[Message]:
     if not any(start <= last_new <= end for start, end in included):
         # The store leaves out what no upstream would take; whether it does is for upstream to say.
         return messages + new
-    if any(each.replaced for each in opened.array.messages):
-        _put_back(messages, new)
-    return messages
+    spoken = [message for message in new if message["role"] != "system"]
+    sent = [block for message in spoken for block in blocks_of(message["content"])]
+    *before, last = messages
+    earlier = _earlier(blocks_of(last["content"]), storable(sent)[0])
+    if earlier is None:
+        return messages
+    if len(spoken) == 1 and not earlier:
+        return [*before, spoken[0]]
+    return [*before, {"role": last["role"], "content": earlier + sent}]
 
 
-def _put_back(messages: list[Message], new: list[Message]) -> None:
-    """In place of what was stored for the new messages, what the client sent, where the context ends with it."""
-    sent = [block for message in new if message["role"] != "system" for block in blocks_of(message["content"])]
-    last = blocks_of(messages[-1]["content"])
-    stored, _ = storable(sent)
-    if last[-len(sent) :] == stored:
-        messages[-1] = {"role": messages[-1]["role"], "content": last[: -len(sent)] + sent}
+def _earlier(last: list[Any], sent: list[Any]) -> list[Any] | None:
+    """What the context's last message holds besides what was sent: a question that went without answer, and results
+    that the store has put in for calls that have none. None where the two cannot be told apart.
+    """
+    if last[-len(sent) :] == sent:
+        return last[: -len(sent)]
+    # The store has put the blocks in order, or left some out. What is wrong with them is for upstream to say.
+    rest = [block for block in last if block not in sent]
+    return rest if all(block.get("type") == "tool_result" for block in rest) else None
 
 
 def _joined_system(own: Any, stored: str) -> Any:
@@ -68,27 +75,11 @@ def _joined_system(own: Any, stored: str) -> Any:
 
 def _limit_cache_marks(body: dict[str, Any]) -> None:
     """Drops the oldest cache marks of messages where they and the client's other ones are more than four."""
-    left = _MAX_CACHE_MARKS - ("cache_control" in body) - sum(map(_marks, (body.get("system"), body.get("tools"))))
+    others = ("cache_control" in body) + sum(map(cache_marks.count, (body.get("system"), body.get("tools"))))
+    left = max(0, cache_marks.MOST - others)
     for place in range(len(body["messages"]) - 1, -1, -1):
         content = body["messages"][place]["content"]
-        marks = _marks(content)
+        marks = cache_marks.count(content)
         if marks > left:
-            body["messages"][place] = {**body["messages"][place], "content": _with_last_marks(content, max(left, 0))}
-        left -= marks
-
-
-def _with_last_marks(blocks: list[Any], count: int) -> list[Any]:
-    kept = []
-    for block in reversed(blocks):
-        if isinstance(block, dict) and block.get("cache_control") is not None:
-            count -= 1
-            if count < 0:
-                block = {name: value for name, value in block.items() if name != "cache_control"}
-        kept.append(block)
-    return kept[::-1]
-
-
-def _marks(blocks: Any) -> int:
-    if not isinstance(blocks, list):
-        return 0
-    return sum(isinstance(block, dict) and block.get("cache_control") is not None for block in blocks)
+            body["messages"][place] = {**body["messages"][place], "content": cache_marks.with_last(content, left)}
+        left -= min(marks, left)

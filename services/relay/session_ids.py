@@ -52,7 +52,7 @@ def choose(request: ClaudeRequest, headers: Mapping[str, str]) -> Choice | None:
     implied = [headers.get(name) for name in _IMPLIED_HEADERS] + [_in_user_id(request.user_id or "")]
     for session_id in implied:
         # Its client did not mean it for us: an id that is none is no reason to refuse a valid request.
-        if session_id and _keeps_rules(session_id):
+        if session_id and keeps_rules(session_id):
             return Choice(session_id, "implied", headers.get(_AGENT_HEADER) or None)
     return Choice(str(uuid7()), "fresh")
 
@@ -82,7 +82,8 @@ def _in_user_id(user_id: str) -> str | None:
     return None
 
 
-def _keeps_rules(session_id: str) -> bool:
+def keeps_rules(session_id: str) -> bool:
+    """Whether session_service would take the id."""
     try:
         _checked(session_id, "")
     except InvalidRequest:

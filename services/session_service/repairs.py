@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Final
 
-from shared import wire
+from shared import cache_marks, wire
 
 Block = dict[str, Any]
 
-MAX_CACHE_BREAKPOINTS: Final = 4
 NO_RESULT: Final = "No result of this tool call was recorded."
 _THINKING: Final = frozenset({"thinking", "redacted_thinking"})
 _NEEDED: Final[dict[str, dict[str, type]]] = {
@@ -23,7 +22,6 @@ _NEEDED: Final[dict[str, dict[str, type]]] = {
     "server_tool_use": {"id": str, "name": str, "input": dict},
     "mcp_tool_use": {"id": str, "name": str, "input": dict},
     "redacted_thinking": {"data": str},
-    "thinking": {"thinking": str},
     "image": {"source": dict},
     "document": {"source": dict},
 }
@@ -132,6 +130,9 @@ def _unfit(block: Block, role: str) -> str | None:
         return "unsigned_thinking"
     needed = _NEEDED.get(str(kind), {})
     if any(not isinstance(block.get(name), type_) or block[name] == "" for name, type_ in needed.items()):
+        return "malformed_block"
+    # Its text may be empty: then all of it is in the signature.
+    if kind == "thinking" and not isinstance(block.get("thinking"), str):
         return "malformed_block"
     return None
 
@@ -280,13 +281,10 @@ def _trim_end(groups: list[_Group]) -> None:
 
 def _limit_cache_breakpoints(groups: list[_Group], done: Repaired) -> None:
     """The API takes four cache breakpoints a request; the latest ones are worth most."""
-    left = MAX_CACHE_BREAKPOINTS
+    left = cache_marks.MOST
     for group in reversed(groups):
-        for place in range(len(group.blocks) - 1, -1, -1):
-            block = group.blocks[place]
-            if block.get("cache_control") is None:
-                continue
-            if left == 0:
-                done.note("cache_control", group.seq)
-                group.blocks[place] = {key: value for key, value in block.items() if key != "cache_control"}
-            left = max(0, left - 1)
+        marks = cache_marks.count(group.blocks)
+        if marks > left:
+            done.note("cache_control", group.seq)
+            group.blocks = cache_marks.with_last(group.blocks, left)
+        left -= min(marks, left)

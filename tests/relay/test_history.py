@@ -1,6 +1,7 @@
 """History: whatever mix of new messages and whole arrays a client sends, the store holds the conversation it sees."""
 
 import asyncio
+import hashlib
 import json
 import uuid
 from collections.abc import Callable
@@ -173,6 +174,7 @@ async def test_a_conflict_may_be_refused(chat: Chat, upstream: TestUpstream) -> 
     headers = {"x-session-conflict": "reject"}
     answer = await chat.ask(*array[:2], "another", headers=headers)
     assert "depart" in error_of(answer, 409, "invalid_request_error")
+    assert answer.headers["x-should-retry"] == "false"
     assert await chat.history() == flat(array)
     assert (await chat.ask(*array, "u3", headers=headers)).status_code == 200
     assert (await chat.ask(*array, headers={"x-session-conflict": "what"})).status_code == 400
@@ -240,9 +242,12 @@ async def test_an_implied_session_is_never_put_before_an_array(chat: Chat, upstr
     assert again.headers["x-session-id"] == side
     agent = await ask(user("A task"), **{"x-claude-code-agent-id": "agent7"})
     assert agent.headers["x-session-id"] == f"{chat.session_id}~agent7"
+    for odd in ("a/b", "x" * 300):  # no session's id could hold it, and its client did not mean it for us
+        agent = await ask(user("A task"), **{"x-claude-code-agent-id": odd})
+        assert agent.headers["x-session-id"] == f"{chat.session_id}~{hashlib.sha256(odd.encode()).hexdigest()}"
     assert await chat.history() == flat([user("u1"), assistant("a1"), user("u2"), assistant("a2")])
     assert [entry["json"]["messages"][0] for entry in upstream.requests("/v1/messages")] == [
-        *(user("u1"), user("Make a title"), user("u1"), user("Make a title"), user("A task")),
+        *(user("u1"), user("Make a title"), user("u1"), user("Make a title"), *[user("A task")] * 3),
     ]
     aside = Chat(chat.http, chat.sessions, side)
     assert await aside.history() == flat([user("Make a title"), assistant("title"), user("another"), assistant("a3")])

@@ -185,7 +185,7 @@ EXCHANGES: dict[str, Exchange] = {
     ),
     "thinking": Exchange(
         [text("Hard question")],
-        [thinking("Let me see. " * 20), {"type": "redacted_thinking", "data": "EmwKAhgB"}, text("42")],
+        [thinking("Let me see. " * 20), {"type": "redacted_thinking", "data": "EmwKAhgB"}, thinking(""), text("42")],
         fields={"thinking": {"type": "enabled", "budget_tokens": 1024}},
     ),
     "thinking before tools": Exchange(
