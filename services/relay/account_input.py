@@ -4,6 +4,7 @@ Its one invariant: secrets are sealed here, before anything is stored, and no er
 """
 
 from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -20,7 +21,7 @@ from services.relay.accounts import Account
 from services.relay.errors import InvalidRequest
 from services.relay.sealing import Sealer, Secrets, Unsealable
 from services.relay.upstream.anthropic import checked_base_url
-from services.relay.ways import check_proxy, shown_proxy
+from services.relay.ways import check_proxy, is_host, shown_proxy
 
 _LOGIN_TOKENS: Final = ("sk-ant-oat", "sk-ant-ort", "sk-ant-sid")
 _MAX_MODELS: Final = 1000
@@ -44,6 +45,8 @@ def _checked_url(url: str) -> str:
     url = checked_base_url(url)
     if url.endswith("/v1"):
         raise ValueError("must end before /v1")
+    if not is_host(urlsplit(url).hostname) or urlsplit(url).port == 0:
+        raise ValueError("must have a host, and a port where it is not the usual one")
     return url
 
 
@@ -64,6 +67,8 @@ def _checked_models(value: object, check: ValidatorFunctionWrapHandler) -> objec
     return checked
 
 
+_ID: Final = r"^[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*$"  # dots alone mean something else in a path
+
 Name = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_checked_name)]
 BaseUrl = Annotated[str, Field(min_length=1, max_length=2000), AfterValidator(_checked_url)]
 ApiKey = Annotated[str, Field(min_length=1, max_length=10_000), AfterValidator(_checked_api_key)]
@@ -82,7 +87,7 @@ class _Input(BaseModel):
 class NewAccount(_Input):
     """`id` is made where none is given. A demo account needs nothing but a name."""
 
-    id: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")] | None = None
+    id: Annotated[str, Field(min_length=1, max_length=100, pattern=_ID)] | None = None
     name: Name
     provider: Literal["anthropic", "demo"] = "anthropic"
     base_url: BaseUrl | None = None

@@ -4,6 +4,7 @@ Its one invariant: the figures of a relay are in a row of its own, so relays nev
 that is gone has told is kept.
 """
 
+import asyncio
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -11,6 +12,7 @@ from sqlalchemy import ARRAY, bindparam, func, literal_column, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.elements import ColumnElement
 
+from services.relay.members import Member
 from services.relay.pool import Pool
 from services.relay.schema import relay_account_use as table
 from services.relay.schema import relay_accounts
@@ -85,18 +87,23 @@ class AccountUse:
         self._database = database
         self._pool = pool
         self._relay_id = relay_id
-        self._told: dict[str, tuple[int, int, int]] = {}
+        self._told: dict[Member, tuple[int, int, int]] = {}
+        self._telling = asyncio.Lock()
         self._ticks = 0
 
     async def tell(self) -> None:
         """Writes what is new, and now and then what still runs; raises DatabaseUnavailable."""
+        async with self._telling:  # what two tell at once would be told twice
+            await self._tell()
+
+    async def _tell(self) -> None:
         self._ticks += 1
         again = self._ticks % _TOLD_AGAIN_TICKS == 0
         rows = []
-        figures: dict[str, tuple[int, int, int]] = {}
+        figures: dict[Member, tuple[int, int, int]] = {}
         for account_id, member in self._pool.members.items():
-            figures[account_id] = now = (member.in_flight, member.requests, member.failures)
-            before = self._told.get(account_id, (0, 0, 0))
+            figures[member] = now = (member.in_flight, member.requests, member.failures)
+            before = self._told.get(member, (0, 0, 0))
             if now != before or (again and member.in_flight):
                 rows.append((account_id, now[0], now[1] - before[1], now[2] - before[2]))
         if rows:

@@ -147,9 +147,15 @@ COOL = (
 )
 GIVE_UP = sa.update(table).where(_this).values(enabled=False, disabled_reason=_error, last_error=_error)
 WORKED = sa.update(table).where(_this, table.c.failures_in_row > 0).values(failures_in_row=0, probe_until=None)
+# A relay may not have heard yet that the account rests again.
 CLAIM_PROBE = (
     sa.update(table)
-    .where(_this, table.c.probe_until.is_(None) | (table.c.probe_until < NOW))
+    .where(
+        _this,
+        table.c.enabled,
+        func.coalesce(table.c.cooldown_until, NOW) <= NOW,
+        func.coalesce(table.c.probe_until, NOW) <= NOW,
+    )
     .values(probe_until=NOW + bindparam("seconds", type_=sa.Float) * _SECOND)
     .returning(table.c.id)
 )
@@ -196,14 +202,17 @@ async def add(conn: Conn, account_id: str, values: Mapping[str, Any], *, enabled
 
 
 async def change(database: Database, account_id: str, changes: Mapping[str, Any], *, enabled: bool | None) -> Account:
-    """Changes the columns that are given, and whether it is enabled; raises AccountNotFound."""
+    """Changes the columns that are given, and whether it is enabled; raises AccountNotFound.
+
+    Enabling one that is enabled ends its cooldown; disabling one that is disabled leaves the reason as it is.
+    """
 
     async def work(conn: Conn) -> Account:
         account = _found(await conn.row(LOCK, id=account_id))
         if changes:
             values = {name: getattr(account, name) for name in CHANGEABLE} | dict(changes)
             account = _found(await conn.row(CHANGE, id=account_id, **values))
-        if enabled is not None and enabled != account.enabled:
+        if enabled or (account.enabled and enabled is False):
             account = await (enable(conn, account_id) if enabled else disable(conn, account_id))
         return account
 

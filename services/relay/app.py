@@ -1,9 +1,4 @@
-"""The app: its rooms put together, and what runs beside the requests."""
-
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from functools import partial
+"""The app: its parts put together, and its routes."""
 
 import structlog
 from fastapi import FastAPI, Request, Response
@@ -13,15 +8,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 from uuid_utils import uuid7
 
-from services.relay import account_use, development, first_accounts, keys, slots, upkeep
+from services.relay import development
 from services.relay.account_use import AccountUse
 from services.relay.admission import Admission
 from services.relay.affinity import Affinity
 from services.relay.attempts import Asking
+from services.relay.beside import running
 from services.relay.callers import Callers
-from services.relay.changes import Changes
 from services.relay.idempotency import Idempotency
-from services.relay.key_limits import GIVE_BACK_SECONDS, RENEW_SECONDS, KeyLimits
+from services.relay.key_limits import KeyLimits
 from services.relay.metrics import Metrics
 from services.relay.models import Models
 from services.relay.parts import Parts
@@ -38,34 +33,51 @@ from services.relay.state import State
 from services.relay.summaries import Summaries
 from services.relay.summarizing import Summarizer
 from services.relay.turns import Turns
-from services.relay.upkeep import Chore
 from services.relay.ways import Ways
 from shared import __version__
 from shared.database import Database
 from shared.description import describe
-from shared.discovery import Consul, Instances, Watch
+from shared.discovery import Instances
 from shared.door import BodyRules, Door
-from shared.errors import Internal, MethodNotAllowed, NotFound, ServiceError, Unavailable
+from shared.errors import Internal, MethodNotAllowed, NotFound, ServiceError
 from shared.service import Lifecycle
 from shared.session_client import SessionClient
 from shared.strict_route import validation_failed
 
 log = structlog.get_logger(__name__)
 
-_RETRY_SECONDS = 1.0
-_USE_SECONDS = 1.0
-_OLD_SECONDS = 60.0
-_SETTLE_SECONDS = 2.0
 _LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 _EXPOSED_HEADERS = (
     *("X-Session-ID", "X-Turn-Id", "X-Session-Persisted", "X-Relay-Attempts", "Idempotent-Replayed"),
     *("X-Request-Id", "request-id", "Retry-After"),
 )
-_SESSION_SERVICE = "session_service"
 
 
 def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle) -> ASGIApp:
     """The ASGI app of one relay; it opens and closes `database`. Raises OSError and ValueError for bad settings."""
+    state = _state(settings, database, lifecycle)
+    app = FastAPI(
+        title="relay",
+        version=__version__,
+        description="The Claude Messages API with sessions that are kept.",
+        lifespan=lambda _: running(state),
+    )
+    app.state.relay = state
+    app.state.limits = None
+    for routes in (claude, chat, accounts, api_keys, session_pool, sessions, turns, health, front):
+        app.include_router(routes.router)
+    describe(app)
+    _allow_pages(app, settings)
+    app.add_exception_handler(ServiceError, on_service_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_fault)
+    rules = BodyRules(settings.relay_max_body_bytes, settings.body_timeout_seconds)
+    return Door(app, rules=rules, duration=state.metrics.duration, render=render)
+
+
+def _state(settings: RelaySettings, database: Database, lifecycle: Lifecycle) -> State:
+    """All parts of one relay, put together; nothing runs yet."""
     secrets = development.secrets_of(settings)
     metrics = Metrics(settings.revision)
     instances = Instances([] if settings.consul_host else [settings.session_service_url.rstrip("/")])
@@ -97,21 +109,10 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
         queue_seconds=settings.relay_queue_seconds,
         requests_per_second=settings.relay_requests_per_second,
     )
-    chores = [
-        Chore("account_use", _USE_SECONDS, use.tell),
-        Chore("slots", slots.RENEW_SECONDS, held.renew),
-        Chore("affinities", _USE_SECONDS, affinity.save),
-        Chore("session_pool", _USE_SECONDS, pooled.save),
-        Chore("old_affinities", _OLD_SECONDS, affinity.forget),
-        Chore("key_reservations", RENEW_SECONDS, key_limits.renew),
-        Chore("given_back_reservations", GIVE_BACK_SECONDS, key_limits.give_back),
-        Chore("idempotency", _OLD_SECONDS, records.sweep),
-        Chore("gone_relays", _OLD_SECONDS, partial(account_use.keep_gone, database)),
-    ]
     parts = Parts(
         settings, client, asking, affinity, spool, metrics, admission, limit, records, key_limits, pooled, summaries
     )
-    state = State(
+    return State(
         settings=settings,
         secrets=secrets,
         lifecycle=lifecycle,
@@ -131,56 +132,11 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
         session_limit=limit,
         session_pool=pooled,
         summaries=summaries,
+        slots=held,
+        affinity=affinity,
+        idempotency=records,
         turns=Turns(parts),
     )
-
-    @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        beside = [
-            asyncio.create_task(_open(state, chores)),
-            asyncio.create_task(spool.keep_delivering()),
-            asyncio.create_task(limit.keep_counting()),
-            asyncio.create_task(key_limits.keep_saving()),
-        ]
-        if settings.consul_host:
-            beside.append(asyncio.create_task(_watch(state)))
-        try:
-            yield
-        finally:
-            await state.turns.stop()
-            await state.summaries.stop()
-            for task in beside:
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
-            await pool.stop(_SETTLE_SECONDS)
-            with suppress(Unavailable):
-                await key_limits.save()
-                await use.tell()
-                await affinity.save()
-                await pooled.save()
-            await client.close()
-            await ways.close()
-            await database.close()
-
-    app = FastAPI(
-        title="relay",
-        version=__version__,
-        description="The Claude Messages API with sessions that are kept.",
-        lifespan=lifespan,
-    )
-    app.state.relay = state
-    app.state.limits = None
-    for routes in (claude, chat, accounts, api_keys, session_pool, sessions, turns, health, front):
-        app.include_router(routes.router)
-    describe(app)
-    _allow_pages(app, settings)
-    app.add_exception_handler(ServiceError, on_service_error)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(Exception, _on_fault)
-    rules = BodyRules(settings.relay_max_body_bytes, settings.body_timeout_seconds)
-    return Door(app, rules=rules, duration=metrics.duration, render=render)
 
 
 def _allow_pages(app: FastAPI, settings: RelaySettings) -> None:
@@ -195,51 +151,6 @@ def _allow_pages(app: FastAPI, settings: RelaySettings) -> None:
             allow_headers=["*"],
             expose_headers=_EXPOSED_HEADERS,
         )
-
-
-async def _open(state: State, chores: list[Chore]) -> None:
-    """Makes the app ready once Postgres answers and the tables are there; until then requests are sent away.
-
-    After that it keeps the tables and what is known of them together, for ever.
-    """
-    while not state.is_ready:
-        try:
-            if not state.database.is_open:
-                await state.database.open()
-            if await first_accounts.tables_exist(state.database, state.database.schema):
-                if state.secrets.api_key is not None:
-                    owner = {"user_id": development.USER_ID, "name": "development"}
-                    await keys.add(state.database, str(uuid7()), state.secrets.pepper, state.secrets.api_key, owner)
-                await first_accounts.make(state.database, state.settings, state.sealer)
-                await state.pool.refresh()
-                await state.session_pool.refresh()
-                state.is_ready = True
-                log.info("ready", schema=state.database.schema)
-                break
-            log.warning("schema_missing", schema=state.database.schema, hint="run the migrations")
-        except Unavailable:
-            log.warning("database_unreachable")
-        await asyncio.sleep(_RETRY_SECONDS)
-    url = state.settings.listen_database_url.get_secret_value() or state.database.url
-    readers = {
-        "relay_accounts": state.pool.refresh,
-        "relay_api_keys": state.callers.forget,
-        "relay_session_pool": state.session_pool.refresh,
-        "relay_session_pool_current": state.session_pool.refresh,
-    }
-    changes = Changes(url, state.database.schema, readers)
-    await asyncio.gather(changes.run(), upkeep.keep(chores))
-
-
-async def _watch(state: State) -> None:
-    """Keeps the instances of session_service as Consul knows them."""
-    settings = state.settings
-    token = settings.consul_token.get_secret_value() or None
-    agent = Consul(settings.consul_host, settings.consul_port, token=token)
-    try:
-        await Watch(agent, _SESSION_SERVICE, state.instances).run()
-    finally:
-        await agent.close()
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:

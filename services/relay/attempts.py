@@ -14,9 +14,10 @@ from services.relay import outcomes, verdicts
 from services.relay.answers import Answer
 from services.relay.assembly import Assembly
 from services.relay.errors import RelayError, UpstreamFailed, UpstreamUnusable
+from services.relay.members import GiveWay, Seat
 from services.relay.metrics import Metrics
 from services.relay.outcomes import Ended, ErrorEvent
-from services.relay.pool import GiveWay, Pool, Seat
+from services.relay.pool import Pool
 from services.relay.settings import RelaySettings
 from services.relay.upstream import UpstreamAnswer, UpstreamError, UpstreamRequest, UpstreamTimeout
 from services.relay.verdicts import Verdict
@@ -77,7 +78,10 @@ class Asking:
         until = asyncio.get_running_loop().time() + settings.relay_deadline_seconds
         failures = _Failures()
         for number in range(1, settings.relay_max_attempts + 1):
-            wait_seconds = min(settings.relay_retry_wait_seconds, until - asyncio.get_running_loop().time())
+            left_seconds = until - asyncio.get_running_loop().time()
+            if failures.errors and left_seconds <= 0:  # another account could not do anything about it
+                break
+            wait_seconds = min(settings.relay_retry_wait_seconds, left_seconds)
             try:
                 async with self.pool.seat(
                     model, prefers=prefers, tried=failures.tried, wait_seconds=wait_seconds, gives_way=gives_way
@@ -110,7 +114,7 @@ class Asking:
                     ended = await take(answer, attempt)
                     self.pool.worked(seat)
                     return ended
-                content = await answer.read()
+                content = await _read(answer)
             self._judge(attempt, verdicts.of_answer(answer.status, answer.headers, content))
             return outcomes.declined(answer.status, answer.headers, content)
         except UpstreamError as failure:
@@ -158,6 +162,16 @@ class _Failures:
     def concluded(self, retry_after_seconds: float | None) -> Ended:
         answer = self.last.answer if self.last else Answer("failed")
         return Ended(answer, error=outcomes.concluded(self.errors, retry_after_seconds))
+
+
+async def _read(answer: UpstreamAnswer) -> bytes:
+    """The body of an answer other than 200; one that does not come whole says no less than its status."""
+    try:
+        return await answer.read()
+    except UpstreamError:
+        if answer.status in verdicts.PASSED_STATUSES:
+            raise
+        return b""
 
 
 def _for_account(request: UpstreamRequest, seat: Seat) -> UpstreamRequest:

@@ -3,8 +3,8 @@
 Its one invariant: a key that was changed, by whatever means, is seen so within a second.
 
 Looking a key up costs no round trip while it is at hand. What is at hand is dropped when the table of keys notifies
-of a change, and every second while notifications cannot be heard. When the database is away, a key that was good at
-the last look stays good.
+of a change, and every second while notifications cannot be heard. When the database is away, or too slow to tell, a
+key that was good at the last look stays good.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from shared.database import Conn
 from shared.errors import DatabaseUnavailable
 
 _AT_HAND: Final = 10_000
+_PATIENCE_SECONDS: Final = 2.0
 
 
 def presented(headers: Mapping[str, str]) -> str | None:
@@ -63,16 +64,20 @@ class Callers:
         self._looking.clear()  # what is on its way may have been read before the change
 
     async def _look_up(self, digest: bytes) -> Key | None:
-        """One query for all who ask for the same key at the same time."""
+        """One query for all who ask for the same key at the same time; who was known does not wait for it for long."""
         looking = self._looking.get(digest)
         if looking is None:
             looking = self._looking[digest] = asyncio.create_task(keys.find(self._conn, digest))
+        stale = self._stale.get(digest)
         try:
-            key = await asyncio.shield(looking)
+            async with asyncio.timeout(_PATIENCE_SECONDS if stale else None):
+                key = await asyncio.shield(looking)
+        except TimeoutError:
+            return stale
         except Exception as error:
             if self._looking.get(digest) is looking:
                 del self._looking[digest]
-            if isinstance(error, DatabaseUnavailable) and (stale := self._stale.get(digest)) is not None:
+            if isinstance(error, DatabaseUnavailable) and stale:
                 return stale
             raise
         if self._looking.get(digest) is looking:

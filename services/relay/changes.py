@@ -67,7 +67,6 @@ class Changes:
             await self._readers[table]()
         except Unavailable as error:
             log.warning("refresh_delayed", table=table, reason=error.code)
-            return False
         except Exception:  # the next change must be heard all the same
             log.exception("refresh_failed", table=table)
             return False

@@ -80,6 +80,6 @@ async def _follow_settings(database: Database, settings: RelaySettings, sealer: 
 async def _make_demo(conn: Conn) -> None:
     if await conn.row(MARK, name="demo_account") is None:
         return
-    if any(account.provider == "demo" for account in await accounts.list_all(conn)):
+    if any(account.provider == "demo" or account.id == DEMO_ID for account in await accounts.list_all(conn)):
         return
     await accounts.add(conn, DEMO_ID, {**_USUAL, "name": "demo", "provider": "demo"})

@@ -8,10 +8,12 @@ import asyncio
 import hashlib
 import json
 import re
+from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from time import monotonic
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -167,6 +169,9 @@ class Idempotency:
     def __init__(self, database: Database, *, lease_seconds: float = LEASE_SECONDS) -> None:
         self._database = database
         self._lease_seconds = lease_seconds
+        # Given up while the database was away, and when the lease of each is over anyway.
+        self._to_release: deque[tuple[Try, float]] = deque()
+        self._releasing: asyncio.Task[None] | None = None
 
     async def begin(self, user_id: str, key: str, request_hash: bytes) -> Replay | Try:
         """The stored answer, or the right to run the request: of any number of callers at once, for one of them.
@@ -174,17 +179,16 @@ class Idempotency:
         Raises IdempotencyKeyReused for another request, IdempotencyInProgress while this one runs.
         """
         for _ in range(_LOOKS):
-            token = str(uuid7())
-            taken = await self._database.row(
-                TAKE,
-                user_id=user_id,
-                key=key,
-                request_hash=request_hash,
-                token=token,
-                lease_seconds=self._lease_seconds,
-            )
+            a_try = Try(user_id, key, str(uuid7()), None)
+            try:
+                taken = await self._database.row(
+                    TAKE, **a_try.held, request_hash=request_hash, lease_seconds=self._lease_seconds
+                )
+            except DatabaseUnavailable:
+                self._release_later(a_try)  # perhaps it was taken, and only the answer is lost
+                raise
             if taken is not None:
-                return Try(user_id, key, token, _earlier(taken))
+                return replace(a_try, earlier=_earlier(taken))
             record = await self._database.row(GET, user_id=user_id, key=key)
             if record is None:
                 continue  # it went past its day meanwhile
@@ -232,11 +236,12 @@ class Idempotency:
         return held is not None
 
     async def failed(self, a_try: Try) -> None:
-        """Lets the next request with the key run at once; when the database is away, once the lease has run out."""
+        """Lets the next request with the key run at once; when the database is away, as soon as it is back."""
         try:
             await self._database.rows(FAILED, **a_try.held)
         except DatabaseUnavailable:
             log.warning("idempotency_key_not_released", reason="database_unavailable")
+            self._release_later(a_try)
 
     async def sweep(self) -> int:
         """Deletes records past their day, batch by batch; gives their number. Any number of relays may, at once."""
@@ -244,6 +249,24 @@ class Idempotency:
         while rows := await self._database.rows(SWEEP):
             deleted += len(rows)
         return deleted
+
+    def _release_later(self, a_try: Try) -> None:
+        self._to_release.append((a_try, monotonic() + self._lease_seconds))
+        if self._releasing is None or self._releasing.done():
+            self._releasing = asyncio.create_task(self._keep_releasing())
+
+    async def _keep_releasing(self) -> None:
+        """Until there is nothing left to release."""
+        while self._to_release:
+            await asyncio.sleep(_AWAY_SECONDS)
+            try:
+                while self._to_release:
+                    a_try, until = self._to_release[0]
+                    if monotonic() < until:
+                        await self._database.rows(FAILED, **a_try.held)
+                    self._to_release.popleft()
+            except DatabaseUnavailable:
+                continue
 
     async def _keep_renewing(self, a_try: Try) -> None:
         usual_seconds = wait_seconds = self._lease_seconds / _RENEWALS_IN_A_LEASE

@@ -38,6 +38,7 @@ GIVE_BACK_SECONDS: Final = 5
 _DAY_SECONDS: Final = 86_400.0
 _BUSY_SECONDS: Final = 1.0
 _AGAIN_SECONDS: Final = 1.0
+_SETTLE_SECONDS: Final = 2.0
 _TRIES: Final = 5
 _PAUSES_SECONDS: Final = (0.02, 0.05, 0.1, 0.2, 0.3)
 _CONCURRENCY: Final = "concurrencyLimit"
@@ -233,6 +234,7 @@ class KeyLimits:
         self._held: set[str] = set()
         self._waiting: dict[str, int] = {}
         self._unsaved: dict[str, Used] = {}
+        self._settling: set[asyncio.Task[None]] = set()
         self._saving = asyncio.Lock()
         self._news = asyncio.Event()
 
@@ -289,18 +291,30 @@ class KeyLimits:
             del self._waiting[key.id]
 
     async def settle(self, reservation: Reservation, used: Used) -> None:
-        """Puts what was used in place of what was reserved; for a key without limits beside the request."""
-        key_id = reservation.key.id
-        if reservation.id is not None:
-            self._held.discard(reservation.id)
-            try:
-                await self._database.rows(
-                    SETTLE, id=reservation.id, key_id=key_id, requests=used.requests, tokens=used.tokens, cost=used.cost
-                )
-            except DatabaseUnavailable:
-                log.warning("key_use_delayed", key=key_id)  # the reservation runs out by itself
-            else:
-                return
+        """Puts what was used in place of what was reserved; for a key without limits beside the request.
+
+        Raises nothing, and waits for a slow database a moment only: the answer is not held back for this.
+        """
+        if reservation.id is None:
+            self._save_later(reservation.key.id, used)
+            return
+        self._held.discard(reservation.id)
+        settling = asyncio.create_task(self._settle(reservation.id, reservation.key.id, used))
+        self._settling.add(settling)
+        settling.add_done_callback(self._settling.discard)
+        await asyncio.wait({settling}, timeout=_SETTLE_SECONDS)
+
+    async def _settle(self, reservation_id: str, key_id: str, used: Used) -> None:
+        added = {"requests": used.requests, "tokens": used.tokens, "cost": used.cost}
+        try:
+            await self._database.rows(SETTLE, id=reservation_id, key_id=key_id, **added)
+        except DatabaseUnavailable:
+            log.warning("key_use_delayed", key=key_id)  # the reservation runs out by itself
+            self._save_later(key_id, used)
+        except Exception:  # no reason to fail a request that was answered
+            log.exception("key_use_not_saved", key=key_id)
+
+    def _save_later(self, key_id: str, used: Used) -> None:
         self._unsaved.setdefault(key_id, Used()).add(used)
         self._news.set()
 
@@ -319,7 +333,9 @@ class KeyLimits:
                 self._news.set()
 
     async def save(self) -> None:
-        """Writes what there is; what another call is writing is written too on return. Raises DatabaseUnavailable."""
+        """Writes what there is; what others are writing is written too on return. Raises DatabaseUnavailable."""
+        if self._settling:
+            await asyncio.wait(set(self._settling))
         async with self._saving:
             while self._unsaved:
                 key_id, used = self._unsaved.popitem()

@@ -11,8 +11,9 @@ from typing import Any, Final
 import structlog
 
 from services.relay.accounts import DEMO_MODEL
-from services.relay.pool import Member, Pool
-from services.relay.upstream import UpstreamError
+from services.relay.members import Member
+from services.relay.pool import Pool
+from services.relay.upstream import Upstream, UpstreamError
 
 log = structlog.get_logger(__name__)
 
@@ -25,6 +26,7 @@ Model = dict[str, Any]
 
 @dataclass(slots=True)
 class _Told:
+    upstream: Upstream
     models: list[Model]
     until: float
 
@@ -38,34 +40,35 @@ class Models:
 
     async def all(self) -> list[Model]:
         """In the order of the accounts; upstream's own words of a model where it has any."""
-        members = [member for member in self.pool.members.values() if member.enabled and member.upstream]
-        lists = await asyncio.gather(*(self._of(member) for member in members))
+        members = [(member, member.upstream) for member in self.pool.members.values() if member.enabled]
+        lists = await asyncio.gather(*(self._of(member, upstream) for member, upstream in members if upstream))
         found: dict[str, Model] = {}
         for models in lists:
             for model in models:
                 found.setdefault(model["id"], model)
         return list(found.values())
 
-    async def _of(self, member: Member) -> list[Model]:
+    async def _of(self, member: Member, upstream: Upstream) -> list[Model]:
         if member.account.provider == "demo":
             return [_named(DEMO_MODEL)]
         if member.account.models:
             return [_named(name) for name in member.account.models]
         told = self._told.get(member.account.id)
-        if told is None or told.until < monotonic():
-            told = self._told[member.account.id] = await self._asked(member, told.models if told else [])
+        if told is None or told.upstream is not upstream:  # a changed account has another
+            told = _Told(upstream, [], 0.0)
+        if told.until < monotonic():
+            told = self._told[member.account.id] = await self._asked(member.account.id, told)
         return told.models
 
-    async def _asked(self, member: Member, known: list[Model]) -> _Told:
+    async def _asked(self, account_id: str, known: _Told) -> _Told:
         """What upstream says; what was known where it does not answer."""
-        if member.upstream is None:
-            return _Told(known, 0.0)
+        upstream = known.upstream
         try:
             async with asyncio.timeout(_LONGEST_SECONDS):
-                return _Told(await member.upstream.models(), monotonic() + _KEPT_SECONDS)
+                return _Told(upstream, await upstream.models(), monotonic() + _KEPT_SECONDS)
         except (UpstreamError, TimeoutError) as error:
-            log.info("models_not_told", account=member.account.id, reason=type(error).__name__)
-            return _Told(known, monotonic() + _AGAIN_SECONDS)
+            log.info("models_not_told", account=account_id, reason=type(error).__name__)
+            return _Told(upstream, known.models, monotonic() + _AGAIN_SECONDS)
 
 
 def _named(name: str) -> Model:

@@ -14,14 +14,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import structlog
 from sqlalchemy.sql import ClauseElement
 
 from services.relay import accounts
-from services.relay.accounts import DEMO_MODEL, Account, Reason
+from services.relay.accounts import DEMO_MODEL, Account
 from services.relay.errors import ModelNotServed, NoAccount, RelayError, UpstreamForbidden, UpstreamRateLimited
+from services.relay.members import FOREVER, FULL_SECONDS, GiveWay, Member, Seat, chosen
 from services.relay.slots import Slots
 from services.relay.upstream import Upstream
 from services.relay.verdicts import Verdict, failure_seconds
@@ -31,95 +32,14 @@ from shared.errors import DatabaseUnavailable
 log = structlog.get_logger(__name__)
 
 _SLOTS: Final = "account"
-_FULL_SECONDS: Final = 0.2
 _PROBE_SECONDS: Final = 60.0
 _RECLAIM_SECONDS: Final = 2.0
 _NO_ACCOUNT_SECONDS: Final = 30.0
 _FORBIDDEN: Final = frozenset({"forbidden", "disabled"})
 _WRITE_AGAIN_SECONDS: Final = 1.0
-_FOREVER: Final = float("inf")
-
-
-@dataclass(slots=True, eq=False)
-class Member:
-    """An account in this process. `upstream` is None when its secrets cannot be opened."""
-
-    account: Account
-    upstream: Upstream | None
-    in_flight: int = 0
-    requests: int = 0
-    failures: int = 0
-    cooling_until: float = 0.0
-    """By the monotonic clock, as are the following."""
-    full_until: float = 0.0
-    is_probing: bool = False
-    credit: float = 0.0
-    """Of equally loaded accounts the one with the most is next."""
-    enabled: bool = True
-    failures_in_row: int = 0
-    reason: Reason | None = None
-    """Why it cools, or is disabled."""
-    writing: int = 0
-    written_at: float = 0.0
-
-    def take_up(self, account: Account, read_at: float) -> None:
-        """The row as it was read; what was told here meanwhile and is on its way to the row stays."""
-        self.account = account
-        if self.writing or read_at < self.written_at:
-            return
-        self.enabled = account.enabled
-        self.failures_in_row = account.failures_in_row
-        self.cooling_until = read_at + account.cooling_seconds if account.cooling_seconds else 0.0
-        self.reason = account.cooldown_reason if account.enabled else "disabled"
-
-    @property
-    def was_disabled_by_admin(self) -> bool:
-        return not self.enabled and self.account.disabled_reason == accounts.BY_ADMIN
-
-    def state(self, now: float) -> Literal["active", "cooling", "disabled"]:
-        if not self.enabled or self.upstream is None:
-            return "disabled"
-        return "cooling" if self.cooling_until > now else "active"
-
-    def obstacle(self, now: float) -> tuple[Reason, float] | None:
-        """Why no request may take it now, and for how many seconds; None when one may."""
-        limit = self.account.max_concurrency
-        if not self.enabled:
-            return "disabled", _FOREVER
-        if self.upstream is None:
-            return "unreadable", _FOREVER
-        if self.cooling_until > now:
-            return self.reason or "failing", self.cooling_until - now
-        if self.failures_in_row and self.is_probing:
-            return "failing", _FULL_SECONDS
-        if limit is not None and (self.in_flight >= limit or self.full_until > now):
-            return "full", _FULL_SECONDS
-        return ("failing", self.full_until - now) if self.full_until > now else None
-
-
-@dataclass(slots=True, eq=False)
-class Seat:
-    """An account that a request was given, with a slot of it."""
-
-    member: Member
-    slot: int | None = None
-    is_probe: bool = False
-    gives_way: "GiveWay | None" = None
-
-    @property
-    def account(self) -> Account:
-        return self.member.account
-
-    @property
-    def upstream(self) -> Upstream:
-        if self.member.upstream is None:
-            raise AssertionError("an account that cannot be used was taken")
-        return self.member.upstream
 
 
 Connect = Callable[[Account], Upstream | None]
-GiveWay = Callable[[], None]
-"""Has whoever only borrows a seat give it back at once: others have come who need it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -130,6 +50,7 @@ class Pool:
     slots: Slots
     connect: Connect
     members: dict[str, Member] = field(default_factory=dict)
+    _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _lent: set[Seat] = field(default_factory=set)
@@ -138,6 +59,12 @@ class Pool:
 
     async def refresh(self) -> None:
         """Reads all rows; raises DatabaseUnavailable."""
+        async with self._reading:  # one after the other: an older reading must not replace a newer one
+            await self._read()
+            while any(member.has_missed and not member.writing for member in self.members.values()):
+                await self._read()
+
+    async def _read(self) -> None:
         read_at = monotonic()
         found = {account.id: account for account in await accounts.list_all(self.database)}
         for account_id in self.members.keys() - found.keys():
@@ -154,7 +81,7 @@ class Pool:
     def check(self, model: str) -> None:
         """Raises what `seat` would raise at once because no account could serve the model, however long one waits."""
         for member in self._candidates(model):
-            if (obstacle := member.obstacle(monotonic())) is None or obstacle[1] < _FOREVER:
+            if (obstacle := member.obstacle(monotonic())) is None or obstacle[1] < FOREVER:
                 return
         raise self._none_for(model)
 
@@ -201,13 +128,13 @@ class Pool:
             eligible = [member for member in candidates if obstacles[member.account.id] is None]
             if gives_way is not None:
                 eligible = [each for each in eligible if not (each.failures_in_row or each.account.id in tried)]
-            if member := _chosen(eligible, prefers, tried):
+            if member := chosen(eligible, prefers, tried):
                 if seat := await self._seated(member, gives_way):
                     return seat
                 continue
             if gives_way is None and self._reclaim(candidates):
                 until = max(until, now + _RECLAIM_SECONDS)
-            soonest = min((obstacle[1] for obstacle in obstacles.values() if obstacle), default=_FOREVER)
+            soonest = min((obstacle[1] for obstacle in obstacles.values() if obstacle), default=FOREVER)
             if now + soonest > until:
                 raise self._none_for(model)
             self._changed.clear()
@@ -242,7 +169,7 @@ class Pool:
         except BaseException:
             self._give_back(seat)
             raise
-        member.full_until = monotonic() + _FULL_SECONDS
+        member.full_until = monotonic() + FULL_SECONDS
         self._give_back(seat)
         return None
 
@@ -253,13 +180,31 @@ class Pool:
             if seat.is_probe and not await self.database.rows(
                 accounts.CLAIM_PROBE, id=account.id, seconds=_PROBE_SECONDS
             ):
+                self._end_probe(seat)  # the claim is another relay's, and stays
                 return False
             if limit is None:
                 return True
-            seat.slot = await self.slots.take(_SLOTS, account.id, limit)
+            freeing = set(seat.member.freeing)
+            seat.slot = await self._slot(account.id, limit)
+            if seat.slot is None and freeing:  # what this relay was about to give back is there now
+                await asyncio.wait(freeing)
+                seat.slot = await self._slot(account.id, limit)
         except DatabaseUnavailable:
             return True
         return seat.slot is not None
+
+    async def _slot(self, account_id: str, limit: int) -> int | None:
+        """A slot, if there is one; when cancelled, what it was about to get is given back."""
+        taking = asyncio.create_task(self.slots.take(_SLOTS, account_id, limit))
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            self._beside(self._free_late(taking, account_id))
+            raise
+
+    async def _free_late(self, taking: asyncio.Task[int | None], account_id: str) -> None:
+        if (slot := await taking) is not None:
+            await self.slots.free(_SLOTS, account_id, slot)
 
     def _give_back(self, seat: Seat) -> None:
         seat.member.in_flight -= 1
@@ -268,7 +213,9 @@ class Pool:
             self._beside(self.database.rows(accounts.END_PROBE, id=seat.account.id))
             self._end_probe(seat)
         if seat.slot is not None:
-            self._beside(self.slots.free(_SLOTS, seat.account.id, seat.slot))
+            freeing = self._beside(self.slots.free(_SLOTS, seat.account.id, seat.slot))
+            seat.member.freeing.add(freeing)
+            freeing.add_done_callback(seat.member.freeing.discard)
             seat.slot = None
         self._wake()
 
@@ -286,8 +233,8 @@ class Pool:
             return ModelNotServed()
         now = monotonic()
         there = [obstacle for each in candidates if not each.was_disabled_by_admin and (obstacle := each.obstacle(now))]
-        soonest = min((seconds for _, seconds in there), default=_FOREVER)
-        wait = _NO_ACCOUNT_SECONDS if soonest == _FOREVER else soonest
+        soonest = min((seconds for _, seconds in there), default=FOREVER)
+        wait = _NO_ACCOUNT_SECONDS if soonest == FOREVER else soonest
         reasons = {reason for reason, _ in there}
         if reasons and reasons <= _FORBIDDEN:
             return UpstreamForbidden(retry_after_seconds=wait)
@@ -299,8 +246,8 @@ class Pool:
         """In how many seconds an account for this model is eligible; None where that cannot be told."""
         now = monotonic()
         obstacles = [member.obstacle(now) for member in self._candidates(model)]
-        soonest = min((0.0 if obstacle is None else obstacle[1] for obstacle in obstacles), default=_FOREVER)
-        return None if soonest == _FOREVER else soonest
+        soonest = min((0.0 if obstacle is None else obstacle[1] for obstacle in obstacles), default=FOREVER)
+        return None if soonest == FOREVER else soonest
 
     def has_choice(self, model: str) -> bool:
         return len(self._candidates(model)) > 1
@@ -330,18 +277,25 @@ class Pool:
             if now + seconds > member.cooling_until:
                 member.cooling_until, member.reason = now + seconds, verdict.reason
             log.warning("account_cools", account=member.account.id, reason=verdict.reason, seconds=round(seconds, 1))
-            told = {"seconds": seconds, "reason": verdict.reason, "failed": failed, "error": verdict.error}
-            self._tell(member, accounts.COOL, **told)
+            told = {"reason": verdict.reason, "failed": failed, "error": verdict.error}
+            self._tell(member, accounts.COOL, until=now + seconds, **told)
         self._end_probe(seat)
 
-    def _tell(self, member: Member, statement: ClauseElement, **values: Any) -> None:
+    def _tell(self, member: Member, statement: ClauseElement, *, until: float | None = None, **values: Any) -> None:
         member.writing += 1
-        self._beside(self._write(member, statement, values))
+        self._beside(self._write(member, statement, until, values))
 
-    async def _write(self, member: Member, statement: ClauseElement, values: dict[str, Any]) -> None:
-        """Tells the row, again until the database takes it: other relays and a restart shall know."""
+    async def _write(
+        self, member: Member, statement: ClauseElement, until: float | None, values: dict[str, Any]
+    ) -> None:
+        """Tells the row, again until the database takes it: other relays and a restart shall know.
+
+        `until` is a time by the monotonic clock, told as the seconds that are left to it.
+        """
         try:
             while True:
+                if until is not None:
+                    values["seconds"] = max(0.0, until - monotonic())
                 try:
                     await self.database.rows(statement, id=member.account.id, **values)
                 except DatabaseUnavailable:
@@ -351,10 +305,22 @@ class Pool:
         finally:
             member.writing -= 1
             member.written_at = monotonic()
+            if member.has_missed and not member.writing:
+                self._beside(self._refresh_again())
+
+    async def _refresh_again(self) -> None:
+        """Nobody may notify of it once more."""
+        while True:
+            try:
+                await self.refresh()
+            except DatabaseUnavailable:
+                await asyncio.sleep(_WRITE_AGAIN_SECONDS)
+            else:
+                return
 
     # ── beside ──────────────────────────────────────────────────────────────────────────────────
 
-    def _beside(self, work: Coroutine[Any, Any, Any] | Awaitable[Any]) -> None:
+    def _beside(self, work: Coroutine[Any, Any, Any] | Awaitable[Any]) -> asyncio.Task[None]:
         async def run() -> None:
             try:
                 await work
@@ -366,6 +332,7 @@ class Pool:
         task = asyncio.create_task(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def written(self, timeout_seconds: float) -> None:
         """Waits until what befell the accounts so far is in their rows, if that does not take too long."""
@@ -385,25 +352,3 @@ class Pool:
 def _way(account: Account) -> tuple[object, ...]:
     """What the way to an account is made of."""
     return account.provider, account.base_url, account.secrets, account.secrets_key_id
-
-
-def _chosen(eligible: list[Member], prefers: str | None, tried: set[str]) -> Member | None:
-    eligible = [member for member in eligible if member.account.id not in tried] or eligible
-    for member in eligible:
-        if member.account.id == prefers:
-            return member
-    first = min((member.account.priority for member in eligible), default=0)
-    eligible = [member for member in eligible if member.account.priority == first]
-    least = min((member.in_flight / member.account.weight for member in eligible), default=0.0)
-    return _next_in_turn([member for member in eligible if member.in_flight / member.account.weight == least])
-
-
-def _next_in_turn(equal: list[Member]) -> Member | None:
-    """Smooth weighted round robin: each comes as often as its weight says, spread evenly."""
-    if not equal:
-        return None
-    for member in equal:
-        member.credit += member.account.weight
-    chosen = max(equal, key=lambda member: member.credit)
-    chosen.credit -= sum(member.account.weight for member in equal)
-    return chosen

@@ -7,7 +7,6 @@ after that the old one may go.
 """
 
 import base64
-import binascii
 import os
 from collections.abc import Sequence
 from typing import Final
@@ -68,7 +67,7 @@ def _parsed(key: str) -> tuple[str, AESGCM]:
     key_id, _, encoded = key.partition(":")
     try:
         secret = base64.b64decode(encoded, validate=True)
-    except binascii.Error:
+    except ValueError:
         secret = b""
     if not key_id or len(secret) != KEY_BYTES:
         raise ValueError("RELAY_ENCRYPTION_KEYS: each must be an id, a colon and the base64 of 32 bytes")

@@ -11,6 +11,7 @@ limit is too strict or too lenient by that.
 
 import asyncio
 from collections import deque
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate
 from math import inf
@@ -26,11 +27,6 @@ from shared.session_client import SessionClient, SessionKey
 
 log = structlog.get_logger(__name__)
 
-_COUNT_SECONDS: Final = 5.0
-_FRESH_SECONDS: Final = 1.0
-_LONGEST_CALL_SECONDS: Final = 2.0
-# Five by the contract, and one for the sums that session_service makes beside its requests.
-_OLDEST_SECONDS: Final = 6.0
 # Within so many of the limit the store is asked whether a session is active already; before, a guess will do.
 _NEAR: Final = 100
 _MOST_CHANGES: Final = 10_000
@@ -40,12 +36,29 @@ _WRITES_OF_FIRST_TURN: Final = 3
 _JUST_NOW: Final = timedelta(seconds=1)
 
 
+@dataclass(frozen=True, slots=True)
+class Times:
+    """How often the store is asked, for how long its answer is fresh, how long it may take, and how old it may be.
+
+    That is five seconds by the contract, and one for the sums that session_service makes beside its requests.
+    """
+
+    count_seconds: float = 5.0
+    fresh_seconds: float = 1.0
+    longest_call_seconds: float = 2.0
+    oldest_seconds: float = 6.0
+
+
+_USUAL: Final = Times()
+
+
 class SessionLimit:
     """The active sessions of the whole store, as far as this relay knows."""
 
-    def __init__(self, sessions: SessionClient, *, max_sessions: int) -> None:
+    def __init__(self, sessions: SessionClient, *, max_sessions: int, times: Times = _USUAL) -> None:
         self.max = max_sessions
         self._sessions = sessions
+        self._times = times
         self._active: int | None = None
         self._changes: deque[tuple[float, int]] = deque(maxlen=_MOST_CHANGES)
         # Let in, and not open yet; True: certainly not active before, so it is counted in _active already.
@@ -62,7 +75,7 @@ class SessionLimit:
         """Asks the store for ever; while it is away, the last known number stays."""
         while True:
             await self._ask()
-            await asyncio.sleep(_COUNT_SECONDS)
+            await asyncio.sleep(self._times.count_seconds)
 
     async def check(self, key: SessionKey, *, is_new: bool) -> None:
         """Lets a turn in this session go on; raises TooManySessions when that would make one session too many.
@@ -121,11 +134,11 @@ class SessionLimit:
     async def _ask(self) -> None:
         """Asks the store, unless its last answer is fresh; who comes meanwhile waits for that answer."""
         async with self._asking:
-            if monotonic() - self._answered_at < _FRESH_SECONDS:
+            if monotonic() - self._answered_at < self._times.fresh_seconds:
                 return
             asked_at = monotonic()
             try:
-                async with asyncio.timeout(_LONGEST_CALL_SECONDS):
+                async with asyncio.timeout(self._times.longest_call_seconds):
                     self._line_up((await self._sessions.get_stats()).active_sessions, asked_at)
             except (ServiceError, TimeoutError) as error:
                 log.warning("active_sessions_not_told", error=type(error).__name__)
@@ -133,7 +146,7 @@ class SessionLimit:
                 self._answered_at = monotonic()
 
     def _line_up(self, counted: int, asked_at: float) -> None:
-        while self._changes and self._changes[0][0] < asked_at - _OLDEST_SECONDS:
+        while self._changes and self._changes[0][0] < asked_at - self._times.oldest_seconds:
             self._changes.popleft()
         # Since the count was made there was none of the changes, the last one, the last two … or all of them.
         possible = list(accumulate((by for _, by in reversed(self._changes)), initial=counted))

@@ -32,6 +32,8 @@ NOT_STORABLE: Final = "not_storable"
 """Type of the error of a turn that was closed without its message, because the store refused that for good."""
 
 _SUFFIX: Final = ".json"
+_DRAFT: Final = ".part"
+_OLD_DRAFT_SECONDS: Final = 3600.0
 _REFUSED: Final = "refused"
 _POLL_SECONDS: Final = 0.5
 # What may be different another time.
@@ -80,6 +82,8 @@ class Spool:
             except (ValueError, KeyError, TypeError):
                 log.error("spool_entry_unreadable", file=path.name)  # noqa: TRY400 - one line says it
                 _remove(path, aside=True)
+        for draft in self._folder.glob(f"*{_DRAFT}"):
+            _remove_if_old(draft)
         if self.count:
             log.info("spool_found", entries=self.count)
 
@@ -201,7 +205,7 @@ def _write(entry: Entry) -> None:
             "answer": entry.answer.model_dump(exclude_none=True),
         }
     )
-    draft = entry.path.with_suffix(".part")
+    draft = entry.path.with_suffix(_DRAFT)
     file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(file, "wb") as out:
         out.write(content)
@@ -215,6 +219,13 @@ def _read(path: Path) -> Entry:
     value: dict[str, Any] = loads(path.read_bytes())
     key = SessionKey(value["user_id"], value["session_id"])
     return Entry(path, key, value["turn_id"], wire.CompleteTurn.model_validate(value["answer"]), value["kept_at"])
+
+
+def _remove_if_old(draft: Path) -> None:
+    """What a relay left that was killed while it wrote: nobody was told of it. A young one is somebody's at work."""
+    with contextlib.suppress(FileNotFoundError):
+        if time() - draft.stat().st_mtime > _OLD_DRAFT_SECONDS:
+            draft.unlink()
 
 
 def _remove(path: Path, *, aside: bool) -> None:

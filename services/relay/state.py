@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 from services.relay.account_use import AccountUse
 from services.relay.admission import Admission
+from services.relay.affinity import Affinity
 from services.relay.attempts import Asking
 from services.relay.callers import Callers
 from services.relay.development import Secrets
+from services.relay.idempotency import Idempotency
 from services.relay.key_limits import KeyLimits
 from services.relay.metrics import Metrics
 from services.relay.models import Models
@@ -15,6 +17,7 @@ from services.relay.sealing import Sealer
 from services.relay.session_limit import SessionLimit
 from services.relay.session_pool import SessionPool
 from services.relay.settings import RelaySettings
+from services.relay.slots import Slots
 from services.relay.spool import Spool
 from services.relay.summaries import Summaries
 from services.relay.turns import Turns
@@ -49,6 +52,9 @@ class State:
     session_limit: SessionLimit
     session_pool: SessionPool
     summaries: Summaries
+    slots: Slots
+    affinity: Affinity
+    idempotency: Idempotency
     turns: Turns
     is_ready: bool = False
 

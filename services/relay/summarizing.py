@@ -14,9 +14,9 @@ from services.relay.attempts import Asking, Attempt
 from services.relay.errors import InvalidRequest, SummaryOutdated, UpstreamOverloaded
 from services.relay.key_limits import KeyLimits
 from services.relay.keys import Key
+from services.relay.members import GiveWay
 from services.relay.metrics import Metrics
 from services.relay.outcomes import Ended
-from services.relay.pool import GiveWay
 from services.relay.request import ClaudeRequest
 from services.relay.upstream import MESSAGES_PATH, UpstreamAnswer, UpstreamRequest
 from shared import wire

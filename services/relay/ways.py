@@ -4,7 +4,7 @@ Its one invariant: an account's calls leave through its own proxy, or not at all
 """
 
 import asyncio
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import httpx
 import structlog
@@ -20,6 +20,7 @@ log = structlog.get_logger(__name__)
 
 PROXY_SCHEMES = ("http", "https", "socks5")
 _HIDDEN = "***"
+_LONGEST = 255  # the most that SOCKS5 has room for
 
 
 class Ways:
@@ -47,7 +48,7 @@ class Ways:
                     plain_seconds=settings.relay_plain_timeout_seconds,
                 ),
             )
-        except (Unsealable, ValueError) as problem:
+        except (Unsealable, ValueError, httpx.InvalidURL) as problem:
             log.error("account_unusable", account=account.id, reason=str(problem))  # noqa: TRY400 - one line says it
             return None
 
@@ -65,11 +66,28 @@ def check_proxy(url: str) -> None:
     """Raises ValueError, without the URL in it, for one that is no proxy's."""
     try:
         parts = urlsplit(url)
-        is_whole = parts.scheme in PROXY_SCHEMES and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
+        port_needed = parts.scheme == "socks5"
+        is_whole = parts.scheme in PROXY_SCHEMES and is_host(parts.hostname) and bool(httpx.URL(url).host)
+        is_whole = is_whole and (parts.port != 0 if parts.port is not None else not port_needed)
+    except (ValueError, httpx.InvalidURL):
         is_whole = False
     if not is_whole or not url.isascii() or not url.isprintable() or " " in url:
-        raise ValueError("must be http://, https:// or socks5:// with a host, and a port where it is not the usual one")
+        raise ValueError(
+            "must be http:// or https:// with a host, and a port where it is not the usual one; or socks5:// with both"
+        )
+    user, password = unquote(parts.username or ""), unquote(parts.password or "")
+    if not all(each.isascii() and each.isprintable() and len(each) <= _LONGEST for each in (user, password)):
+        raise ValueError(f"user and password must be printable ASCII, at most {_LONGEST} characters each")
+    if ":" in user:
+        raise ValueError("the user must not hold a colon")
+
+
+def is_host(name: str | None) -> bool:
+    """Whether it can be looked up at all: a name whose labels are neither empty nor too long, or an address."""
+    try:
+        return bool(name and name.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def shown_proxy(url: str) -> str:

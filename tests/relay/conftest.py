@@ -1,17 +1,19 @@
 """What the relay's tests share beside tests/conftest.py: the test upstream, a relay in front of it, chats."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import httpx
 import pytest
 import pytest_asyncio
 
 from tests.processes import Process, ServiceProcess
 from tests.relay.calls import Chat, client_of, rest_account, start_relay, upstream_settings
+from tests.relay.stage import Operator, operating
 from tests.upstream.client import TestUpstream
 
 
@@ -107,3 +109,66 @@ async def chat_at(sessions: httpx.AsyncClient, data_dir: Path) -> AsyncIterator[
 def own_database(make_database: Callable[[], str]) -> str:
     """A database for this test alone."""
     return make_database()
+
+
+# ── relays whose accounts are made by admin calls (stage.py) ────────────────────────────────────
+
+
+@pytest.fixture(scope="session")
+def pool_database(make_database: Callable[[], str]) -> str:
+    """The database that `patient`, `deaf` and `hasty` share."""
+    return make_database()
+
+
+StartOperator = Callable[..., AbstractAsyncContextManager[Operator]]
+
+
+@pytest.fixture(scope="session")
+def start_operator(session_service: ServiceProcess, data_dir: Path) -> StartOperator:
+    """Starts a relay on a database, with settings; it has no account but the demo."""
+
+    @asynccontextmanager
+    async def start(database_url: str, **settings: str) -> AsyncIterator[Operator]:
+        with start_relay(database_url, session_service.url, data_dir, settings) as process:
+            async with operating(process, data_dir) as operator:
+                yield operator
+
+    return start
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def patient(start_operator: StartOperator, pool_database: str) -> AsyncIterator[Operator]:
+    """A relay with the usual settings."""
+    async with start_operator(pool_database) as operator:
+        yield operator
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def deaf(start_operator: StartOperator, pool_database: str) -> AsyncIterator[Operator]:
+    """A relay beside `patient` that never hears a notification."""
+    async with start_operator(pool_database, LISTEN_DATABASE_URL="postgresql://nobody@127.0.0.1:1/none") as operator:
+        yield operator
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def hasty(start_operator: StartOperator, pool_database: str) -> AsyncIterator[Operator]:
+    """A relay that waits for no account, and not for long for anything; it logs everything."""
+    settings = {
+        "DEBUG": "true",
+        "RELAY_RETRY_WAIT_SECONDS": "0",
+        "RELAY_CONNECT_TIMEOUT_SECONDS": "1",
+        "RELAY_STREAM_SILENCE_SECONDS": "1",
+        "RELAY_PLAIN_TIMEOUT_SECONDS": "1",
+        "RELAY_DEADLINE_SECONDS": "3",
+        "RELAY_PING_SECONDS": "0.5",
+    }
+    async with start_operator(pool_database, **settings) as operator:
+        yield operator
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def sql(pool_database: str) -> AsyncIterator[asyncpg.Connection]:
+    """A connection to `pool_database`, as a person with psql has it."""
+    connection = await asyncpg.connect(pool_database, server_settings={"search_path": "dev"})
+    yield connection
+    await connection.close()

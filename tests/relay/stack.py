@@ -83,7 +83,7 @@ class Stack:
 
     def spooled(self) -> list[Path]:
         """The completions that wait on disk, or were set aside."""
-        return [path for path in (self.folder / "spool").rglob("*") if path.is_file()]
+        return list((self.folder / "spool").rglob("*.json"))
 
     @asynccontextmanager
     async def sql(self) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
@@ -113,7 +113,8 @@ class Stack:
 
     async def check(self) -> None:
         """The record agrees with itself, sums included, and nothing waits on disk."""
-        assert [path.read_text() for path in self.spooled()] == [], self.relay.logged()[-4000:]
+        left = {path.name: path.read_text() for path in self.spooled()}
+        assert left == {}, left
         async with asyncio.timeout(15), self.sql() as connection:
             while await connection.fetchval(NEWS):
                 await asyncio.sleep(0.05)

@@ -333,6 +333,8 @@ async def test_the_database_away(data_dir: Path, key: str) -> None:
     answered = await a_try(records, key)
     await records.opening(answered, "s", "turn-1")
     running = await a_try(records, f"{key}-2")
+    patient = Idempotency(database)
+    given_up = await a_try(patient, f"{key}-3")
     async with records.kept(running):
         await asyncio.to_thread(embedded_postgres.stop, data_dir)
         try:
@@ -344,12 +346,19 @@ async def test_the_database_away(data_dir: Path, key: str) -> None:
                 await records.sweep()
             assert not await records.completed(answered, HEADERS, MESSAGE)
             await records.failed(answered)
+            await patient.failed(given_up)
+            with pytest.raises(DatabaseUnavailable):
+                await patient.begin("u", f"{key}-4", HASH)
         finally:
             await asyncio.to_thread(embedded_postgres.start, data_dir)
         await asyncio.sleep(1)
         assert await is_running(records, f"{key}-2")  # its lease was renewed again
         assert (await a_try(records, key)).earlier == Earlier("s", "turn-1")
         assert await records.completed(running, HEADERS, MESSAGE)
+    async with asyncio.timeout(15):  # what was given up meanwhile is free long before its lease is over
+        while await is_running(patient, f"{key}-3"):
+            await asyncio.sleep(0.05)
+    assert isinstance(await patient.begin("u", f"{key}-4", HASH), Try)
     await database.close()
 
 

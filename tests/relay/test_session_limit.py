@@ -7,40 +7,75 @@ import signal
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 import httpx
 import pytest
 
 from services.relay.errors import TooManySessions, claude_body
-from services.relay.session_limit import SessionLimit
+from services.relay.session_limit import SessionLimit, Times
+from services.session_service.settings import SessionServiceSettings
 from shared import wire
 from shared.discovery import Instances
 from shared.errors import SessionServiceUnavailable
 from shared.session_client import SessionClient, SessionKey
 from tests.processes import Process, free_port, start_session_service
 
+USER = "user"
+# As the usual times, sixteen times as fast; so is the store.
+QUICK = Times(count_seconds=0.3, fresh_seconds=0.1, oldest_seconds=0.4)
+STORE_SECONDS = "0.3"
 
-@pytest.fixture
-def store(own_database: str, scratch: Path) -> Iterator[Process]:
-    with start_session_service(own_database, scratch, free_port()) as process:
+
+@pytest.fixture(scope="module")
+def url(make_database: Callable[[], str]) -> str:
+    return make_database()
+
+
+@pytest.fixture(scope="module")
+def own_store(url: str, scratch: Path) -> Iterator[Process]:
+    with start_session_service(url, scratch, free_port(), STATS_CACHE_SECONDS=STORE_SECONDS) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def own_exact_store(url: str, scratch: Path) -> Iterator[Process]:
+    with start_session_service(url, scratch, free_port(), STATS_CACHE_SECONDS="0") as process:
         yield process
 
 
 @pytest.fixture
-def exact_store(own_database: str, scratch: Path) -> Iterator[Process]:
+def store(own_store: Process) -> Process:
+    """A store without sessions, and whose count says so."""
+    return emptied(own_store)
+
+
+@pytest.fixture
+def exact_store(own_exact_store: Process) -> Process:
     """One that counts anew each time it is asked."""
-    with start_session_service(own_database, scratch, free_port(), STATS_CACHE_SECONDS="0") as process:
-        yield process
+    return emptied(own_exact_store)
+
+
+def emptied(store: Process) -> Process:
+    with httpx.Client(base_url=f"{store.url}/api/v1", timeout=30, trust_env=False) as http:
+        http.delete(f"/users/{USER}").raise_for_status()
+        while http.get("/sessions/stats").json()["active_sessions"]:
+            sleep(0.02)
+    return store
+
+
+STATS, SESSION = "/api/v1/sessions/stats", "/api/v1/sessions/{session_id}"
 
 
 class Relay:
     """What a relay does with its limit, one turn after the other."""
 
-    def __init__(self, client: SessionClient, max_sessions: int) -> None:
+    def __init__(self, instances: Instances, client: SessionClient, max_sessions: int, times: Times) -> None:
+        self.instances = instances
         self.client = client
-        self.limit = SessionLimit(client, max_sessions=max_sessions)
+        self.limit = SessionLimit(client, max_sessions=max_sessions, times=times)
 
     async def turn(self, key: SessionKey, *, is_new: bool = False, if_exists: wire.IfExists = "restart") -> None:
         """A whole turn in this session, made or brought back where need be; raises TooManySessions."""
@@ -69,9 +104,10 @@ MakeRelay = Callable[..., Relay]
 @asynccontextmanager
 async def relays(store: Process, max_sessions: int = 2) -> AsyncIterator[MakeRelay]:
     """Makes relays in front of this store."""
-    client = SessionClient(Instances([store.url]), timeout_seconds=5, connect_timeout_seconds=1)
+    instances = Instances([store.url])
+    client = SessionClient(instances, timeout_seconds=5, connect_timeout_seconds=1)
     try:
-        yield lambda max_sessions=max_sessions: Relay(client, max_sessions)
+        yield lambda max_sessions=max_sessions, times=QUICK: Relay(instances, client, max_sessions, times)
     finally:
         await client.close()
 
@@ -88,7 +124,7 @@ async def counting(limit: SessionLimit) -> AsyncIterator["asyncio.Task[None]"]:
 
 
 def new_key() -> SessionKey:
-    return SessionKey("user", f"s-{uuid.uuid4().hex[:12]}")
+    return SessionKey(USER, f"s-{uuid.uuid4().hex[:12]}")
 
 
 async def refused(turn: Awaitable[None]) -> TooManySessions:
@@ -153,7 +189,7 @@ async def test_it_stays_exact_whatever_the_age_of_the_stores_count(store: Proces
             keys = [new_key(), new_key()]
             for key in keys:
                 await relay.turn(key)
-            deadline = monotonic() + 14  # two counts of the store's, and two askings, at any distance from each other
+            deadline = monotonic() + 2.5  # several counts of the store's and askings, at any distance from each other
             while monotonic() < deadline:
                 assert relay.limit.active == 2
                 await refused(relay.turn(new_key(), is_new=True))
@@ -161,7 +197,7 @@ async def test_it_stays_exact_whatever_the_age_of_the_stores_count(store: Proces
                 keys[0] = new_key()
                 await relay.turn(keys[0])
                 await relay.turn(keys[1])
-                await asyncio.sleep(0.3)
+                await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("are_new", [True, False])
@@ -224,7 +260,7 @@ async def test_being_cancelled_while_the_store_is_asked_leaves_nothing_behind(ex
         relay = make(1)
         await relay.turn(new_key())
         for is_new in (True, False):
-            await asyncio.sleep(1)  # so that it asks again
+            await asyncio.sleep(QUICK.fresh_seconds)  # so that it asks again
             with frozen(exact_store):
                 asking = [asyncio.create_task(relay.limit.check(new_key(), is_new=is_new)) for _ in range(5)]
                 await asyncio.sleep(0.05)
@@ -243,27 +279,28 @@ async def test_with_ample_room_nobody_is_asked(store: Process) -> None:
     async with relays(store) as make:
         relay = make(1000)
         keys = [new_key() for _ in range(10)]
+        counts, looks = calls_of(store, STATS), calls_of(store, SESSION)
         for number, key in enumerate([*keys, *keys]):
             await relay.turn(key, is_new=number == 3)
-        assert calls_of(store, "/api/v1/sessions/stats") == 1
-        assert calls_of(store, "/api/v1/sessions/{session_id}") == 0
+        assert calls_of(store, STATS) == counts + 1
+        assert calls_of(store, SESSION) == looks
         assert relay.limit.active == 10  # those that it made, once each, though nobody was asked
         nearly_full = make(20)
         for key in keys:
             await nearly_full.turn(key)
-        assert calls_of(store, "/api/v1/sessions/{session_id}") == 10
+        assert calls_of(store, SESSION) == looks + 10
 
 
-async def test_at_the_limit_all_who_come_cost_one_count_a_second(exact_store: Process) -> None:
+async def test_at_the_limit_all_who_come_cost_one_count_now_and_then(exact_store: Process) -> None:
     async with relays(exact_store) as make:
         relay = make(1)
         await relay.turn(new_key())
-        before = calls_of(exact_store, "/api/v1/sessions/stats")
+        counts, looks = calls_of(exact_store, STATS), calls_of(exact_store, SESSION)
         began = monotonic()
-        while monotonic() - began < 2.5:
+        while (took := monotonic() - began) < 5 * QUICK.fresh_seconds:
             await asyncio.gather(*(refused(relay.turn(new_key(), is_new=True)) for _ in range(20)))
-        assert 2 <= calls_of(exact_store, "/api/v1/sessions/stats") - before <= 4
-        assert calls_of(exact_store, "/api/v1/sessions/{session_id}") <= 1
+        assert 1 <= calls_of(exact_store, STATS) - counts <= took / QUICK.fresh_seconds + 1
+        assert calls_of(exact_store, SESSION) == looks
 
 
 # ── what others do ──────────────────────────────────────────────────────────────────────────────
@@ -279,29 +316,29 @@ async def test_what_others_do_is_seen_when_it_matters(exact_store: Process) -> N
         await relay.turn(theirs[0])
         assert relay.limit.active == 2
         await other.client.end_session(theirs[0])
-        await asyncio.sleep(1)
+        await asyncio.sleep(QUICK.fresh_seconds)
         await relay.turn(new_key())
         await refused(relay.turn(new_key()))
 
 
 async def test_keep_counting_sees_what_others_do(exact_store: Process) -> None:
     async with relays(exact_store) as make:
-        relay, other = make(), make(10)
+        relay, other = make(times=replace(QUICK, longest_call_seconds=0.2)), make(10)
         await other.turn(new_key())
         async with counting(relay.limit) as task:
-            await _until(relay.limit, 1, 3)
+            await _until(relay.limit, 1)
             await other.turn(new_key())
-            await _until(relay.limit, 2, 10)
+            await _until(relay.limit, 2)
             with frozen(exact_store):
-                await asyncio.sleep(6)  # an asking that gets no answer
+                await asyncio.sleep(1)  # askings that get no answer
                 assert relay.limit.active == 2
                 assert not task.done()
             await other.turn(new_key())
-            await _until(relay.limit, 3, 10)
+            await _until(relay.limit, 3)
 
 
-async def _until(limit: SessionLimit, active: int, seconds: float) -> None:
-    deadline = monotonic() + seconds
+async def _until(limit: SessionLimit, active: int) -> None:
+    deadline = monotonic() + 10
     while limit.active != active:
         assert monotonic() < deadline, f"{limit.active} are active"
         await asyncio.sleep(0.02)
@@ -312,10 +349,14 @@ async def test_a_store_that_is_away_is_the_turns_affair(store: Process) -> None:
         relay, fresh = make(1), make(1)
         first = new_key()
         await relay.turn(first)
-        store.kill()
+        relay.instances.replace([f"http://127.0.0.1:{free_port()}"])
         await refused(relay.limit.check(new_key(), is_new=True))
         with pytest.raises(SessionServiceUnavailable):
             await relay.limit.check(first, is_new=False)
         assert relay.limit.active == 1
         await fresh.limit.check(new_key(), is_new=True)  # it knows of none
         assert fresh.limit.active is None
+
+
+def test_the_usual_times_allow_for_the_age_of_the_stores_count() -> None:
+    assert Times().oldest_seconds > SessionServiceSettings.model_fields["stats_cache_seconds"].default

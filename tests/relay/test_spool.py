@@ -1,6 +1,8 @@
 """The spool against the real store, which is away when its address is not known."""
 
 import asyncio
+import os
+import time
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -162,6 +164,16 @@ async def test_a_damaged_entry_is_set_aside(store: Store, key: SessionKey) -> No
     spool = store.new_spool()
     assert spool.count == 0
     assert (store.folder / "refused" / "0.json").exists()
+
+
+async def test_drafts_of_relays_that_were_killed_do_not_pile_up(store: Store) -> None:
+    old, young = (store.folder / f"{name}.part" for name in ("old", "young"))
+    for draft in (old, young):
+        draft.write_text('{"user_id": "half')
+    os.utime(old, (time.time() - 7200, time.time() - 7200))
+    spool = store.new_spool()
+    assert spool.count == 0
+    assert list(store.folder.iterdir()) == [young]  # of a relay on the same folder, perhaps
 
 
 async def test_a_folder_that_cannot_be_written_is_no_persistence(store: Store, key: SessionKey) -> None:

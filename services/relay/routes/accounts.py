@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from services.relay import account_input, accounts
 from services.relay.account_input import AccountChange, NewAccount
 from services.relay.accounts import Account, Use
-from services.relay.pool import Member
+from services.relay.members import Member
 from services.relay.routes.admin import AdminRoute
 from services.relay.routes.parameters import AppState
 from services.relay.state import State
@@ -58,6 +58,7 @@ async def get_account(account_id: AccountId, state: AppState) -> Response:
 @router.patch("/{account_id}")
 async def change_account(account_id: AccountId, change: AccountChange, state: AppState) -> Response:
     """Changes what is given; `enabled: true` also ends a cooldown."""
+    await state.pool.written(_WRITTEN_SECONDS)
     account = await accounts.get(state.database, account_id)
     columns = account_input.changed_columns(account, change, state.sealer)
     enabled = change.enabled if "enabled" in change.model_fields_set else None
@@ -75,12 +76,14 @@ async def delete_account(account_id: AccountId, state: AppState) -> Response:
 @router.post("/{account_id}/enable")
 async def enable_account(account_id: AccountId, state: AppState) -> Response:
     """Makes it eligible: also one that upstream had disabled, or that cools."""
+    await state.pool.written(_WRITTEN_SECONDS)  # what befell it before must not be written after this
     return await _changed(state, await accounts.enable(state.database, account_id))
 
 
 @router.post("/{account_id}/disable")
 async def disable_account(account_id: AccountId, state: AppState) -> Response:
     """No new request takes it; those that run go on."""
+    await state.pool.written(_WRITTEN_SECONDS)
     return await _changed(state, await accounts.disable(state.database, account_id))
 
 
