@@ -63,10 +63,12 @@ class Changes:
                 changed.set()
 
     async def _read(self, table: str) -> bool:
+        """Whether that could be done now."""
         try:
             await self._readers[table]()
         except Unavailable as error:
             log.warning("refresh_delayed", table=table, reason=error.code)
+            return False
         except Exception:  # the next change must be heard all the same
             log.exception("refresh_failed", table=table)
             return False
