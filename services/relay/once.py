@@ -26,7 +26,7 @@ class Once:
 
     records: Idempotency
     a_try: Try
-    is_completed: bool = field(default=False)
+    is_over: bool = field(default=False)
 
     @property
     def earlier(self) -> Earlier | None:
@@ -43,11 +43,20 @@ class Once:
         await self.records.opening(self.a_try, key.session_id, turn_id)
 
     async def end(self, ended: Ended, headers: dict[str, str]) -> None:
-        """Keeps a completed answer, before its end goes to the client."""
+        """Keeps a completed answer, or gives the key up, before the client hears the end: it may try again at once."""
         if ended.answer.status == "completed" and ended.answer.message is not None:
             message = ended.plain or encode_body(ended.answer.message)
-            kept: dict[str, str] = {name: headers[name] for name in _KEPT_HEADERS if name in headers}
-            self.is_completed = await self.records.completed(self.a_try, kept, message)
+            await self.complete({name: headers[name] for name in _KEPT_HEADERS if name in headers}, message)
+        await self.give_up()
+
+    async def complete(self, headers: dict[str, str], message: bytes) -> None:
+        self.is_over = await self.records.completed(self.a_try, headers, message)
+
+    async def give_up(self) -> None:
+        """Lets the next one with the key run, unless this try is over."""
+        if not self.is_over:
+            self.is_over = True
+            await self.records.failed(self.a_try)
 
 
 @asynccontextmanager
@@ -73,8 +82,7 @@ async def began(
         async with records.kept(a_try):
             yield await _answered_before(parts, user_id, once, request) or once
     finally:
-        if not once.is_completed:
-            await records.failed(a_try)
+        await once.give_up()
 
 
 def _asked(request: ClaudeRequest) -> dict[str, object]:
@@ -93,5 +101,5 @@ async def _answered_before(parts: Parts, user_id: str, once: Once, request: Clau
     if message is None:
         return None
     headers = {"x-session-id": session.session_id, "x-turn-id": once.earlier.turn_id, "x-session-persisted": "yes"}
-    once.is_completed = await once.records.completed(once.a_try, headers, message)
+    await once.complete(headers, message)
     return Replay(headers, message)
