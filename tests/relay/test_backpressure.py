@@ -2,16 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 
-from tests.processes import free_port, start_session_service
-from tests.relay.calls import Chat, Json, error_of, text_of
+from tests.processes import Process, ServiceProcess, free_port, start_session_service
+from tests.relay.calls import Chat, Json, error_of, start_relay, text_of, upstream_settings
 from tests.upstream.client import TestUpstream
 
 PATH = "/v1/messages"
@@ -220,6 +221,23 @@ async def test_so_many_sessions_are_active(
 # ── one session ─────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.fixture(scope="module")
+def two_relays(
+    make_database: Callable[[], str], session_service: ServiceProcess, upstream_process: TestUpstream, data_dir: Path
+) -> Iterator[list[Process]]:
+    url, settings = make_database(), upstream_settings(upstream_process.url)
+    with ExitStack() as started:
+        relays = [start_relay(url, session_service.url, data_dir, settings) for _ in range(2)]
+        yield [started.enter_context(relay) for relay in relays]
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def pair(two_relays: list[Process], chat_at: Any) -> tuple[Chat, Chat]:
+    """One new session, through two relays."""
+    one: Chat = await chat_at(two_relays[0])
+    return one, await chat_at(two_relays[1], session_id=one.session_id)
+
+
 async def answered(chat: Chat, question: str, **fields: Any) -> str:
     answer = await chat.ask(question, **fields)
     assert answer.status_code == 200, answer.text
@@ -235,10 +253,10 @@ def pairs(history: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 async def test_three_hundred_at_once_for_one_session_are_as_many_turns_in_order(
-    chat_at: Any, make_relay: Any, upstream: TestUpstream
+    pair: tuple[Chat, Chat], upstream: TestUpstream
 ) -> None:
     """In order of arrival: they come in groups of thirty, each when all of the one before are in the line."""
-    chat: Chat = await chat_at(make_relay())
+    chat, _ = pair
     sent: list[asyncio.Task[str]] = []
     async with held(chat, upstream):
         for group in range(10):
@@ -256,10 +274,9 @@ async def test_three_hundred_at_once_for_one_session_are_as_many_turns_in_order(
     await until_busy(chat, 0, 0)
 
 
-async def test_two_relays_on_one_session(chat_at: Any, make_relay: Any, upstream: TestUpstream) -> None:
+async def test_two_relays_on_one_session(pair: tuple[Chat, Chat], upstream: TestUpstream) -> None:
     """Forty requests through both at once are forty turns, one after the other."""
-    one: Chat = await chat_at(make_relay())
-    two: Chat = await chat_at(make_relay(), session_id=one.session_id)
+    one, two = pair
     questions = [f"question {number}" for number in range(40)]
     asked = [answered((one, two)[number % 2], question) for number, question in enumerate(questions)]
     answers = await asyncio.gather(*asked)
@@ -269,11 +286,10 @@ async def test_two_relays_on_one_session(chat_at: Any, make_relay: Any, upstream
 
 @pytest.mark.parametrize("streams", [False, True])
 async def test_a_busy_session_may_be_refused_at_once(
-    chat_at: Any, make_relay: Any, upstream: TestUpstream, streams: bool
+    pair: tuple[Chat, Chat], upstream: TestUpstream, streams: bool
 ) -> None:
     """By the relay that serves it, and by another one."""
-    one: Chat = await chat_at(make_relay())
-    two: Chat = await chat_at(make_relay(), session_id=one.session_id)
+    one, two = pair
     headers = {"x-session-busy": "reject"}
     assert (await one.ask("it is free", headers=headers)).status_code == 200
     async with held(one, upstream):

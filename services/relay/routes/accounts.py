@@ -1,5 +1,6 @@
 """/admin/accounts: the operator's upstream accounts."""
 
+import asyncio
 from time import monotonic, perf_counter
 from typing import Annotated, Any, Final
 
@@ -19,6 +20,7 @@ from shared.door import answer
 router = APIRouter(prefix="/admin/accounts", tags=["accounts"], route_class=AdminRoute)
 
 _TRIED_MODEL: Final = "claude-haiku-4-5"
+_TRIED_SECONDS: Final = 30.0
 _WRITTEN_SECONDS: Final = 1.0
 _SHOWN: Final = (
     *("id", "name", "provider", "base_url", "models", "priority", "weight", "max_concurrency"),
@@ -104,13 +106,18 @@ async def try_account(account_id: AccountId, state: AppState, wish: TryWish | No
             "messages": [{"role": "user", "content": "ping"}],
         }
         try:
-            async with await upstream.open(UpstreamRequest(MESSAGES_PATH, "", {}, body)) as reply:
+            async with (
+                asyncio.timeout(_TRIED_SECONDS),
+                await upstream.open(UpstreamRequest(MESSAGES_PATH, "", {}, body)) as reply,
+            ):
                 told["status"] = reply.status
                 await reply.read()
                 told["ok"] = reply.status == 200
                 told["error"] = None if told["ok"] else f"upstream answered {reply.status}"
         except UpstreamError as error:
             told["error"] = f"{error.kind}: {error}"
+        except TimeoutError:
+            told["error"] = f"timeout: no answer within {_TRIED_SECONDS:.0f} s"
     return answer({**told, "latency_ms": round((perf_counter() - started) * 1000, 1)})
 
 

@@ -47,10 +47,10 @@ _SPENT = httpx.Request("POST", "http://spent.invalid")
 
 # What the transport lets through besides its own mapping: the HTTP parser's errors and bare socket errors.
 _PROXY_FAULTS = (ProxyError, ProxyConnectionError, ProxyTimeoutError)
-_FAULTS = (httpx.HTTPError, aiohttp.ClientError, HttpProcessingError, OSError, *_PROXY_FAULTS)
+_FAULTS = (httpx.HTTPError, aiohttp.ClientError, HttpProcessingError, OSError, UnicodeError, *_PROXY_FAULTS)
 _NO_CONNECTION = (
     *(aiohttp.ClientConnectorError, aiohttp.InvalidURL, aiohttp.ClientHttpProxyError),
-    *(ProxyError, ProxyConnectionError),
+    *(ProxyError, ProxyConnectionError, UnicodeError),
 )
 
 
@@ -221,7 +221,7 @@ async def _close(response: httpx.Response) -> None:
 
 def _failure(fault: BaseException, *, nothing_received: bool) -> UpstreamError:
     """The error by its cause under the transport's mapping, which calls a lost connection a timeout."""
-    cause = fault if isinstance(fault, TimeoutError) else fault.__cause__ or fault
+    cause = fault if isinstance(fault, (TimeoutError, *_PROXY_FAULTS)) else fault.__cause__ or fault
     reason = type(cause).__name__
     if isinstance(cause, TimeoutError | ProxyTimeoutError):
         return UpstreamTimeout(f"upstream took too long ({reason})", nothing_received=nothing_received)
