@@ -49,7 +49,7 @@ log = structlog.get_logger(__name__)
 _LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 _EXPOSED_HEADERS = (
     *("X-Session-ID", "X-Turn-Id", "X-Session-Persisted", "X-Relay-Attempts", "Idempotent-Replayed"),
-    *("X-Request-Id", "request-id", "Retry-After"),
+    *("X-Request-Id", "request-id", "Retry-After", "X-Total-Count"),
 )
 
 

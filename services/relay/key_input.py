@@ -129,7 +129,6 @@ _EMPTY: Final[dict[str, Any]] = {
     "collect_session": False,
     "permissions": "all",
     "allowed_models": [],
-    "is_active": True,
     "tags": [],
 }
 _SHOWN: Final = (
@@ -141,8 +140,11 @@ _SHOWN: Final = (
 def columns_of(wanted: NewKey | KeyChange, key: Key | None, *, default_user_id: str) -> dict[str, Any]:
     """The columns that are given, as they are stored; raises InvalidRequest for what does not go together."""
     given: dict[str, Any] = {name: getattr(wanted, name) for name in wanted.model_fields_set}
-    if "name" in given and given["name"] is None:
-        raise InvalidRequest.at("name", "must not be null")
+    if key is None and given.get("is_active", False) is None:
+        given["is_active"] = True
+    for name in ("name", "is_active"):  # null must not switch a revoked key on again
+        if name in given and given[name] is None:
+            raise InvalidRequest.at(to_camel(name), "must not be null")
     for name, value in given.items():
         if name in _LIMITS:
             given[name] = value or None

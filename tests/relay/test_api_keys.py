@@ -374,7 +374,7 @@ async def test_an_unknown_id(admin: Admin) -> None:
 
 @pytest.mark.parametrize("name", FULL)
 async def test_each_field_can_be_changed_by_itself(admin: Admin, name: str) -> None:
-    """The others stay; null takes away what may be absent, and a name may not."""
+    """The others stay; null takes away what may be absent: not a name, nor whether the key is active."""
     key = await admin.make()
     before = await admin.key(key.id)
     window = {"rateLimitWindow": 5} if name == "rateLimitRequests" else {}
@@ -382,9 +382,10 @@ async def test_each_field_can_be_changed_by_itself(admin: Admin, name: str) -> N
     assert told == before | window | {name: FULL[name], "updatedAt": told["updatedAt"]}
     assert told["updatedAt"] > before["updatedAt"]
     assert await admin.key(key.id) == told
-    if name == "name":
-        answer = await admin.call("PATCH", f"/{key.id}", json={"name": None})
-        assert error_of(answer, 400, "invalid_request_error") == "name: must not be null"
+    if name in {"name", "isActive"}:
+        answer = await admin.call("PATCH", f"/{key.id}", json={name: None})
+        assert error_of(answer, 400, "invalid_request_error") == f"{name}: must not be null"
+        assert await admin.key(key.id) == told
         return
     told = await admin.change(key.id, **{name: None})
     assert told == before | window | {"updatedAt": told["updatedAt"]}

@@ -62,9 +62,9 @@ async def list_models(
     )
 
 
-async def get_model(model_id: str, state: AppState, _key: MessagesKey) -> Response:
+async def get_model(model_id: str, state: AppState, key: MessagesKey) -> Response:
     for model in await state.models.all():
-        if model["id"] == model_id:
+        if model["id"] == model_id and key.may_ask(model_id):
             return answer(model)
     raise ModelNotServed
 
