@@ -20,6 +20,7 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy import and_, bindparam, case, func, literal_column, or_, select
 from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.elements import ColumnElement
 from uuid_utils import uuid7
 
@@ -34,6 +35,7 @@ HEADER: Final = "idempotency-key"
 LEASE_SECONDS: Final = 30.0
 _RENEWALS_IN_A_LEASE: Final = 3
 _AWAY_SECONDS: Final = 1.0
+_LONGEST_WRITE_SECONDS: Final = 5.0
 _BUSY_SECONDS: Final = 1.0
 _LOOKS: Final = 5
 _BATCH: Final = 200
@@ -227,7 +229,7 @@ class Idempotency:
         Raises nothing then: the answer stands, and a later try finds it by the turn.
         """
         try:
-            held = await self._database.row(COMPLETED, **a_try.held, headers=headers, answer=message)
+            held = await self._written(COMPLETED, **a_try.held, headers=headers, answer=message)
         except DatabaseUnavailable:
             log.warning("idempotent_answer_not_recorded", reason="database_unavailable")
             return False
@@ -238,7 +240,7 @@ class Idempotency:
     async def failed(self, a_try: Try) -> None:
         """Lets the next request with the key run at once; when the database is away, as soon as it is back."""
         try:
-            await self._database.rows(FAILED, **a_try.held)
+            await self._written(FAILED, **a_try.held)
         except DatabaseUnavailable:
             log.warning("idempotency_key_not_released", reason="database_unavailable")
             self._release_later(a_try)
@@ -249,6 +251,17 @@ class Idempotency:
         while rows := await self._database.rows(SWEEP):
             deleted += len(rows)
         return deleted
+
+    async def _written(self, statement: ClauseElement, **values: Any) -> Row | None:
+        """What the statement gives; a client waits for it, so that a frozen database counts as away before its time."""
+        writing = asyncio.create_task(self._database.row(statement, **values))
+        try:
+            await asyncio.wait({writing}, timeout=_LONGEST_WRITE_SECONDS)
+            if not writing.done():
+                raise DatabaseUnavailable
+            return writing.result()
+        finally:
+            writing.cancel()
 
     def _release_later(self, a_try: Try) -> None:
         self._to_release.append((a_try, monotonic() + self._lease_seconds))

@@ -203,7 +203,7 @@ async def test_a_migration_does_not_wait_for_a_lock_for_long(own: str) -> None:
 
 async def test_an_index_on_a_table_that_is_there_waits_for_whoever_reads_and_stops_nobody(own: str) -> None:
     """For longer than a lock may be waited for; what a run that was broken off has left is replaced."""
-    migrate(own, "downgrade", "0003")
+    migrate(own, "downgrade", "0004")
     reader, db = await asyncpg.connect(own), await asyncpg.connect(own)
     await db.execute("CREATE INDEX session_turns_by_turn_id_idx ON dev.session_turns (user_id)")
     await db.execute(

@@ -12,7 +12,8 @@ import pytest_asyncio
 
 from services.relay import keys
 from services.relay.errors import KeyLimitReached, UnknownKey
-from services.relay.key_limits import LEASE_SECONDS, KeyLimits, Used
+from services.relay.key_limits import KeyLimits, Used
+from services.relay.key_use import LEASE_SECONDS
 from shared.database import Database
 from shared.errors import DatabaseUnavailable
 from tests.processes import Process, ServiceProcess

@@ -1,13 +1,13 @@
 """limits of keys
 
-Revision 0003_keys.
+Revision 0004.
 """
 
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "0003_keys"
+revision = "0004"
 down_revision = "0003"
 branch_labels = None
 depends_on = None
