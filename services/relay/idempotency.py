@@ -226,12 +226,13 @@ class Idempotency:
     async def completed(self, a_try: Try, headers: dict[str, str], message: bytes) -> bool:
         """Whether the answer is on record now. Not so when the try was taken over or the database is away.
 
-        Raises nothing then: the answer stands, and a later try finds it by the turn.
+        Raises nothing then: the answer stands, and a later try finds it by the turn. The try is over in any case.
         """
         try:
             held = await self._written(COMPLETED, **a_try.held, headers=headers, answer=message)
         except DatabaseUnavailable:
             log.warning("idempotent_answer_not_recorded", reason="database_unavailable")
+            self._release_later(a_try)
             return False
         if held is None:
             log.warning("idempotent_answer_not_recorded", reason="taken_over")

@@ -50,7 +50,8 @@ class Once:
         await self.give_up()
 
     async def complete(self, headers: dict[str, str], message: bytes) -> None:
-        self.is_over = await self.records.completed(self.a_try, headers, message)
+        self.is_over = True
+        await self.records.completed(self.a_try, headers, message)
 
     async def give_up(self) -> None:
         """Lets the next one with the key run, unless this try is over."""

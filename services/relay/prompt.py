@@ -44,7 +44,7 @@ def _with_new(opened: Opened, new: list[Message]) -> list[Message]:
     spoken = [message for message in new if message["role"] != "system"]
     sent = [block for message in spoken for block in blocks_of(message["content"])]
     *before, last = messages
-    earlier = _earlier(blocks_of(last["content"]), storable(sent)[0])
+    earlier = _earlier(blocks_of(last["content"]), storable(sent)[0], is_one=len(spoken) == 1)
     if earlier is None:
         return messages
     if len(spoken) == 1 and not earlier:
@@ -52,15 +52,18 @@ def _with_new(opened: Opened, new: list[Message]) -> list[Message]:
     return [*before, {"role": last["role"], "content": earlier + sent}]
 
 
-def _earlier(last: list[Any], sent: list[Any]) -> list[Any] | None:
-    """What the context's last message holds besides what was sent: a question that went without answer, and results
-    that the store has put in for calls that have none. None where the two cannot be told apart.
+def _earlier(last: list[Any], sent: list[Any], *, is_one: bool) -> list[Any] | None:
+    """What the context's last message holds before what was sent: a question that went without answer, and results
+    that the store has put in for calls that have none. None where the store's form of it is to stay.
+
+    The store puts results first, as upstream wants them. What it leaves out of a message, because no upstream would
+    take it, is for upstream to say.
     """
     if last[-len(sent) :] == sent:
         return last[: -len(sent)]
-    # The store has put the blocks in order, or left some out. What is wrong with them is for upstream to say.
     rest = [block for block in last if block not in sent]
-    return rest if all(block.get("type") == "tool_result" for block in rest) else None
+    is_cut = any(block not in last for block in sent)
+    return rest if is_one and is_cut and all(block.get("type") == "tool_result" for block in rest) else None
 
 
 def _joined_system(own: Any, stored: str) -> Any:

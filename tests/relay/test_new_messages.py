@@ -28,8 +28,6 @@ def sent_last(upstream: TestUpstream) -> list[Json]:
 @pytest.mark.parametrize(
     "new",
     [
-        user([result("two"), result("one")]),
-        user([text("first"), result("one"), result("two")]),
         user([result("one"), result("two"), result("nobody", "2"), text("hi")]),
         user([result("one"), result("two"), text(""), text("hi")]),
         user([result("one"), result("two"), {"type": "image", "source": None}, text("x")]),
@@ -37,12 +35,27 @@ def sent_last(upstream: TestUpstream) -> list[Json]:
     ],
 )
 async def test_it_is_upstreams_to_judge(chat: Chat, upstream: TestUpstream, new: Json) -> None:
-    """Order, odd blocks and unknown fields of the new message are the client's."""
+    """Odd blocks and unknown fields of the new message are the client's."""
     upstream.script({"blocks": [call("one"), call("two")], "stop_reason": "tool_use"}, {"text": "done", "status": 200})
     await chat.ask("Use both")
     await chat.ask(new)
     assert sent_last(upstream)[-1] == new
     assert [each["role"] for each in sent_last(upstream)] == ["user", "assistant", "user"]
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        [user([text("first"), result("one"), result("two")])],
+        [user([text("first")]), user([result("one"), result("two")])],
+    ],
+)
+async def test_results_come_first(chat: Chat, upstream: TestUpstream, new: list[Json]) -> None:
+    """Upstream refuses them anywhere else, and nothing is lost by it."""
+    upstream.script({"blocks": [call("one"), call("two")], "stop_reason": "tool_use"})
+    await chat.ask("Use both")
+    assert (await chat.ask(*new)).status_code == 200
+    assert sent_last(upstream)[-1] == user([result("one"), result("two"), text("first")])
 
 
 async def test_calls_without_a_result_get_one_before_it(chat: Chat, upstream: TestUpstream) -> None:
