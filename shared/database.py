@@ -209,7 +209,7 @@ class Database(Conn):
     async def fetch(self, query: str, *args: Any) -> list[Row]:
         """Rows of one statement that is a transaction by itself."""
         try:
-            async with self._opened().acquire(timeout=self._connect_timeout_seconds) as connection:
+            async with self._opened().acquire(timeout=self._timeout_seconds) as connection:
                 return await connection.fetch(query, *args)
         except Exception as error:
             raise _translated(error) from error
@@ -226,7 +226,7 @@ class Database(Conn):
         for attempt in range(1, _TRANSACTION_TRIES + 1):
             try:
                 async with (
-                    self._opened().acquire(timeout=self._connect_timeout_seconds) as connection,
+                    self._opened().acquire(timeout=self._timeout_seconds) as connection,
                     connection.transaction(),
                 ):
                     return await work(Conn(connection, self._compiled, self._schema))
