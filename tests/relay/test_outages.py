@@ -136,7 +136,7 @@ async def talking(stack: Stack) -> AsyncIterator[list[Talk]]:
     over = asyncio.Event()
     running = asyncio.gather(*(talk.run(over) for talk in talks))
     try:
-        await until_all_were_told(talks, 2)
+        await until_all_were_told(talks, 1)
         yield talks
         await until_all_were_told(talks, 2)
     finally:
@@ -254,8 +254,8 @@ async def test_consul_killed(postgres: Path, upstream: TestUpstream, scratch: Pa
         settings = SHORT | {"CONSUL_HOST": "127.0.0.1", "CONSUL_PORT": str(agent.port)}
         async with stack_of(url, upstream, folder, **settings) as stack, talking(stack) as talks:
             agent.kill()
-            await until_all_were_told(talks, 2)
+            await until_all_were_told(talks, 1)
             assert sum(len(talk.asked) - len(talk.told) for talk in talks) <= len(talks)  # those that go on
             with start_consul(scratch, agent.port):
-                await until_all_were_told(talks, 2)
+                await until_all_were_told(talks, 1)
                 assert sum(len(talk.asked) - len(talk.told) for talk in talks) <= len(talks)
