@@ -167,6 +167,13 @@ class Opened:
     def prefill(self) -> list[dict[str, Any]]:
         return self.array.prefill
 
+    def let_go(self) -> None:
+        """Drops what only the request to upstream is made of: a stream may run for minutes, and many do at once."""
+        self.turn.messages.clear()
+        self.turn.context.messages.clear()
+        self.array.messages.clear()
+        self.array.spoken.clear()
+
 
 @dataclass(frozen=True, slots=True)
 class _Plan:

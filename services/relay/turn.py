@@ -178,6 +178,8 @@ class Turn:
         """How asking upstream ended; a fault of ours too is an end that closes the turn."""
         try:
             self._body = prompt.upstream_body(self._request, opened)
+            if opened is not None:
+                opened.let_go()
             return await self._ask(self._body, opened)
         except RelayError as error:
             return Ended(Answer("failed", error={"type": error.code}), error=error)

@@ -21,7 +21,7 @@ PREFIXES = ("", "/api", KIRO_PREFIX, f"/api/v1{KIRO_PREFIX}")
 
 async def create_message(request: Request, state: AppState, key: MessagesKey) -> Response:
     """A message from a model, plain or streamed, in the session that the request belongs to."""
-    content = requests.read(await request.body(), default_max_tokens=state.settings.relay_default_max_tokens)
+    content = requests.read(await _whole(request), default_max_tokens=state.settings.relay_default_max_tokens)
     _check_model(key, content.model)
     turn = state.turns.begin(_caller(request, key), content)
     return await reply_of(turn, request, ping_seconds=state.settings.relay_ping_seconds)
@@ -29,7 +29,7 @@ async def create_message(request: Request, state: AppState, key: MessagesKey) ->
 
 async def count_tokens(request: Request, state: AppState, key: MessagesKey) -> Response:
     """The tokens of a request, as upstream counts them; nothing is stored."""
-    content = requests.read(await request.body(), default_max_tokens=None)
+    content = requests.read(await _whole(request), default_max_tokens=None)
     _check_model(key, content.model)
     ended = await count(state.asking, _caller(request, key), content)
     return Response(ended.content, ended.status, {"request-id": request_id_of(request.scope)} | ended.headers)
@@ -67,6 +67,11 @@ async def get_model(model_id: str, state: AppState, key: MessagesKey) -> Respons
         if model["id"] == model_id and key.may_ask(model_id):
             return answer(model)
     raise ModelNotServed
+
+
+async def _whole(request: Request) -> bytes:
+    """The request's body, not kept with the request, which lives as long as its answer."""
+    return b"".join([piece async for piece in request.stream()])
 
 
 def _check_model(key: Key, model: str) -> None:
