@@ -4,6 +4,7 @@ Its invariant: what this changes outside the data directory is the least that le
 """
 
 import contextlib
+import fcntl
 import functools
 import logging
 import operator
@@ -12,6 +13,7 @@ import pwd
 import struct
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,14 +45,28 @@ def server_user() -> pwd.struct_passwd | None:
     with contextlib.suppress(KeyError):
         return pwd.getpwnam(SERVER_USER)
     command = ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", SERVER_USER]
-    with contextlib.suppress(OSError):
-        subprocess.run(command, check=False, capture_output=True)  # noqa: S603 - fixed arguments
     try:
-        return pwd.getpwnam(SERVER_USER)
+        with _accounts_locked():
+            with contextlib.suppress(KeyError):
+                return pwd.getpwnam(SERVER_USER)
+            with contextlib.suppress(OSError):
+                subprocess.run(command, check=False, capture_output=True)  # noqa: S603 - fixed arguments
+            return pwd.getpwnam(SERVER_USER)
     except KeyError as error:
         raise EmbeddedPostgresFailed(
             f"Postgres refuses to run as root, and the user {SERVER_USER} could not be made"
         ) from error
+
+
+@contextlib.contextmanager
+def _accounts_locked() -> Iterator[None]:
+    """One process at a time makes the user: of two at once, one would write over what the other has just made."""
+    folder = os.open("/etc", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def run(command: list[str], programs: Path, user: pwd.struct_passwd | None, cwd: Path) -> tuple[bool, str]:

@@ -1,10 +1,12 @@
 """The embedded Postgres: lives on its own, survives kills, says in one line what is wrong."""
 
 import os
+import pwd
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,3 +150,19 @@ def test_letting_one_user_pass_changes_nothing_for_others() -> None:
     assert account.Entry(2, 0, 55) in opened
     assert account.Entry(4, 0) in opened
     assert account.Entry(16, 1) in opened
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes the server's user")
+def test_processes_that_start_at_once_make_one_user() -> None:
+    """On a machine that has none yet: whoever came last must not take away the user that the others start as."""
+    name = f"srt-{uuid.uuid4().hex[:8]}"
+    code = f"from shared.embedded_postgres import account; account.SERVER_USER = {name!r}; print(account.server_user())"
+    try:
+        processes = [
+            subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+            for _ in range(8)
+        ]
+        seen = {process.communicate(timeout=60)[0].strip() for process in processes}
+        assert seen == {str(pwd.getpwnam(name))}
+    finally:
+        subprocess.run(["userdel", name], check=False, capture_output=True)
