@@ -1,27 +1,46 @@
 """Processes of the real stack, started for a test and ended with it."""
 
+import fcntl
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+_PORTS = range(20_000, 32_000)  # below those that the system gives to whoever asks for any
+_held: list[IO[str]] = []
+
+
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """A port that is free, and that no other tests on this machine are given while this process lives."""
+    folder = Path(tempfile.gettempdir(), "session-relay-ports")
+    folder.mkdir(exist_ok=True)
+    while True:
+        port = random.choice(_PORTS)
+        file = (folder / str(port)).open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            file.close()
+            continue
+        _held.append(file)
         return port
 
 
