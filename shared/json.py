@@ -55,7 +55,7 @@ def _unstorable(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple
 
 def rfc3339(moment: datetime) -> str:
     """A time as the contract writes it: UTC, microseconds always, `Z`."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
 
 
 def _default(value: Any) -> Any:

@@ -3,6 +3,7 @@
 Its one invariant: names are camelCase outside and snake_case inside, and both lists are made here.
 """
 
+import unicodedata
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -26,13 +27,18 @@ from services.relay.keys import Key, Permission
 from shared import values
 
 _MAX_BIGINT: Final = 2**53
+_MAX_INTEGER: Final = 2**31 - 1
 _MAX_COST: Final = Decimal("999999999999")
 _COST_STEP: Final = Decimal("0.000001")
+_NOT_IN_A_LINE: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
-def _printable(text: str) -> str:
-    if not text.strip() or not text.isprintable():
-        raise ValueError("must hold something visible, and nothing that cannot be printed")
+def _one_line(text: str) -> str:
+    """Of any script, joined emoji and wide blanks included."""
+    if not any(each.isprintable() and not each.isspace() for each in text):
+        raise ValueError("must hold something visible")
+    if any(unicodedata.category(each) in _NOT_IN_A_LINE for each in text):
+        raise ValueError("must be one line without control characters")
     return text
 
 
@@ -72,12 +78,11 @@ def _permissions(value: object, check: ValidatorFunctionWrapHandler) -> object:
     return checked if checked == "all" else _distinct(list(checked))
 
 
-Name = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_printable)]
+Name = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_one_line)]
 Count = Annotated[int, Field(ge=0, le=_MAX_BIGINT)]
-SmallCount = Annotated[int, Field(ge=0, le=1_000_000)]
-Minutes = Annotated[int, Field(ge=0, le=525_600)]
+SmallCount = Annotated[int, Field(ge=0, le=_MAX_INTEGER)]
 Cost = Annotated[Decimal, BeforeValidator(_cost)]
-Word = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_printable)]
+Word = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_one_line)]
 Words = Annotated[list[Word], Field(max_length=100), AfterValidator(_distinct)]
 Permissions = Annotated[Literal["all"] | list[Permission], WrapValidator(_permissions)]
 Moment = Annotated[AwareDatetime, BeforeValidator(_moment)]
@@ -91,7 +96,7 @@ class _Fields(BaseModel):
     collect_session: bool | None = None
     token_limit: Count | None = None
     concurrency_limit: SmallCount | None = None
-    rate_limit_window: Minutes | None = None
+    rate_limit_window: SmallCount | None = None
     rate_limit_requests: SmallCount | None = None
     daily_cost_limit: Cost | None = None
     total_cost_limit: Cost | None = None

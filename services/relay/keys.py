@@ -94,6 +94,7 @@ def anonymous(user_id: str) -> Key:
 
 _COLUMNS: Final = tuple(table.c[name] for name in Key.__dataclass_fields__)
 _this = table.c.id == bindparam("id")
+_TIMES: Final = ("created_at", "updated_at", "deleted_at", "expires_at")
 CHANGEABLE: Final = (
     *("name", "user_id", "description", "collect_session", "token_limit", "concurrency_limit"),
     *("rate_limit_window", "rate_limit_requests", "daily_cost_limit", "total_cost_limit"),
@@ -162,10 +163,21 @@ USE = select(
 
 
 def from_row(row: Row) -> Key:
+    """The key. What was written by hand in a form that no call writes is read as what it can only mean."""
     values = dict(row.items())
-    if (moment := values["expires_at"]) is not None and moment.tzinfo is None:  # how the driver gives infinity
-        values["expires_at"] = moment.replace(tzinfo=UTC)
+    for name in _TIMES:
+        if (moment := values[name]) is not None and moment.tzinfo is None:  # how the driver gives infinity
+            values[name] = moment.replace(tzinfo=UTC)
+    given = values["permissions"]
+    values["permissions"] = USUAL["permissions"] if given is None else given if given == "all" else _as_list(given)
+    for name in ("allowed_models", "tags"):
+        values[name] = _as_list(values[name])
     return Key(**values)
+
+
+def _as_list(value: Any) -> list[Any]:
+    """A list as it is; anything else is the only thing in one, so that it allows nothing but itself."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def digest(pepper: str, secret: str) -> bytes:

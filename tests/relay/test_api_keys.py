@@ -69,11 +69,12 @@ LIMITS = (
 )
 NO_NUMBER: list[Any] = [-1, -0.5, "5", True, 2**54, [1], {}]
 BAD: dict[str, list[Any]] = {
-    "name": [None, "", " ", "x" * 101, 7, "two\nlines", "nul\0", ["a"]],
+    "name": [None, "", " ", "x" * 101, 7, "two\nlines", "two\u2028lines", "a\tb", "\u3000", "\u200b", "nul\0", ["a"]],
     "description": ["x" * 501, 7, "nul\0", ["a"]],
     "userId": ["", " a", "a/b", "x" * 256, "a\n", 7, ["a"]],
     "collectSession": ["true", 1, []],
-    **{name: [*NO_NUMBER, 1.5] for name in LIMITS[:4]},
+    **{name: [*NO_NUMBER, 1.5, 5.0] for name in LIMITS[:4]},
+    **{name: [*NO_NUMBER, 1.5, 5.0, 2**31] for name in LIMITS[1:4]},
     **{name: [*NO_NUMBER, -0.000001, 1e-7, 1e12] for name in LIMITS[4:]},
     "permissions": ["messages", "", ["all"], ["admin"], [5], 5, {"all": True}, ["a", "chat"]],
     "allowedModels": ["claude", [5], [""], ["nul\0"], {"a": "b"}, ["x" * 256], [["a"]]],
@@ -207,17 +208,18 @@ async def test_two_keys_are_never_the_same(admin: Admin) -> None:
 
 
 @pytest.mark.parametrize(("name", "values"), [
-    ("name", ["x", "x" * 100, "名字"]),
+    ("name", ["x", "x" * 100, "名字", "张三\u3000的", "a\u00a0b", "👨\u200d👩\u200d👧", "𝄞" * 100]),
     ("description", ["", "x" * 500]),
     ("userId", ["a", "x" * 255]),
     ("tokenLimit", [1, 2**53]),
-    ("concurrencyLimit", [1, 1_000_000]),
-    ("rateLimitWindow", [1, 525_600]),
+    ("concurrencyLimit", [1, 2**31 - 1]),
+    ("rateLimitWindow", [1, 2**31 - 1]),
     ("dailyCostLimit", [0.000001, 0.1, 5]),
     ("totalCostLimit", [0.000001, 999_999_999.999999]),
     ("permissions", ["all", [], ["messages"], ["messages", "chat", "conversations"]]),
     ("allowedModels", [[], ["m"], [f"m{n}" for n in range(100)]]),
-    ("tags", [[], ["a"], ["x" * 255]]),
+    ("expiresAt", ["0001-01-01T00:00:00.000000Z", "9999-12-31T23:59:59.999999Z"]),
+    ("tags", [[], ["a"], ["x" * 255], ["团\u3000队"]]),
 ])  # fmt: skip
 async def test_values_at_their_bounds(admin: Admin, name: str, values: list[Any]) -> None:
     key = await admin.make()

@@ -12,8 +12,8 @@ import pytest
 import pytest_asyncio
 
 from tests.processes import Process, ServiceProcess, free_port
-from tests.relay.calls import error_of, start_relay, upstream_settings
-from tests.relay.key_calls import Admin, Caller, open_db, open_http, seconds_until
+from tests.relay.calls import Json, error_of, start_relay, upstream_settings
+from tests.relay.key_calls import Admin, Caller, fine, open_db, open_http, seconds_until
 from tests.session_service.calls import Db
 from tests.upstream.client import TestUpstream
 
@@ -110,6 +110,43 @@ async def test_limits_and_users_set_by_sql(admins: dict[str, Admin], db: Db, nam
     await seconds_until(is_anothers, between=0.1)
     told = await admins[name].key(key.id)
     assert (told["userId"], told["collectSession"], told["rateLimitRequests"]) == (user_id, True, None)
+
+
+BY_HAND: list[tuple[str, Json, int, int]] = [
+    ("permissions = 'null'", {"permissions": "all"}, 200, 200),
+    ("permissions = '\"chat\"'", {"permissions": ["chat"]}, 403, 200),
+    ("permissions = '\"messages and chat\"'", {"permissions": ["messages and chat"]}, 403, 403),
+    ("permissions = '5'", {"permissions": [5]}, 403, 403),
+    ("permissions = '{}'", {"permissions": [{}]}, 403, 403),
+    ("permissions = '[]'", {"permissions": []}, 403, 403),
+    ("permissions = '\"all\"', allowed_models = 'null'", {"permissions": "all", "allowedModels": []}, 200, 200),
+    ("allowed_models = '\"test-model\"'", {"allowedModels": ["test-model"]}, 200, 200),
+    ("allowed_models = '\"test-model-2\"'", {"allowedModels": ["test-model-2"]}, 403, 403),
+    ("allowed_models = '5'", {"allowedModels": [5]}, 403, 403),
+    ("allowed_models = '[]', tags = 'null'", {"allowedModels": [], "tags": []}, 200, 200),
+    ("updated_at = '-infinity', tags = '\"a\"'", {"updatedAt": "0001-01-01T00:00:00.000000Z", "tags": ["a"]}, 200, 200),
+]
+
+
+async def test_what_no_call_would_write_breaks_nothing_and_opens_nothing(admins: dict[str, Admin], db: Db) -> None:
+    """JSON of other forms, put in by hand: one word is the only one, and what is none allows nothing."""
+    admin = admins["hears"]
+    key = await admin.make()
+    for change, shown, messages, chat in BY_HAND:
+        await set_key(db, key.id, change)
+
+        async def is_so(messages: int = messages) -> bool:
+            return (await key.ask(path="/v1/messages/count_tokens")).status_code == messages
+
+        await seconds_until(is_so)
+        told = await admin.key(key.id)
+        assert told | shown == told, change
+        assert fine(await admin.call("GET", params={"search": key.id})) == [told]
+        await asyncio.sleep(0.2)  # what was heard of the change before this one
+        asked = {"message": "Hello", "model": "test-model"}
+        answer = await key.http.post("/api/chat", json=asked, headers={"x-api-key": key.secret})
+        assert answer.status_code == chat, (change, answer.text)
+        assert await is_so(), change
 
 
 async def _turn_of(db: Db, user_id: str) -> str:
