@@ -77,7 +77,7 @@ class Delivery:
         if self.reply.done():
             if ended.error is not None:
                 self.pipe.put_now(streaming.error_event(ended.error, self._request_id))
-            self.pipe.put_now(ended.content)
+            self.pipe.put_now(_rest_of_stream(ended))
         else:
             self._tell(Reply(ended.status, self.whole_headers(ended, persisted), ended.content, ended.error))
 
@@ -95,3 +95,10 @@ class Delivery:
         if not self.reply.done():
             self._metrics.first_byte.observe(monotonic() - self._started_at)
             self.reply.set_result(reply)
+
+
+def _rest_of_stream(ended: Ended) -> bytes:
+    """The last bytes of a stream; what came as a whole answer, or as a refusal, is told as events."""
+    if ended.status != 200:
+        return streaming.refusal_event(ended.status, ended.content)
+    return b"".join(replays.stream_of(ended.plain)) if ended.plain else ended.content

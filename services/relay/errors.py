@@ -208,9 +208,12 @@ def claude_status(error: ServiceError) -> int:
 
 def claude_body(error: ServiceError, request_id: str) -> dict[str, Any]:
     """The error as the Claude Messages API writes it."""
-    status = claude_status(error)
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": _message(error)}, "request_id": request_id}
+    told = {"type": claude_type(claude_status(error)), "message": _message(error)}
+    return {"type": "error", "error": told, "request_id": request_id}
+
+
+def claude_type(status: int) -> str:
+    return _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
 
 
 def _message(error: ServiceError) -> str:

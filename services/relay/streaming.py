@@ -5,12 +5,13 @@ before its commit point, and its last event only once the turn is kept.
 """
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from services.relay import sse
 from services.relay.assembly import Assembly
-from services.relay.errors import claude_body
+from services.relay.errors import claude_body, claude_type
 from services.relay.outcomes import OPERATORS_ERRORS, ErrorEvent
 from services.relay.pipe import Pipe
 from services.relay.sse import Event
@@ -95,3 +96,14 @@ async def _rest(events: AsyncIterator[Event]) -> bytes:
 def error_event(error: ServiceError, request_id: str) -> bytes:
     """The event that ends a stream when its 200 is out already."""
     return sse.format_event("error", claude_body(error, request_id))
+
+
+def refusal_event(status: int, content: bytes) -> bytes:
+    """Upstream's refusal as the event that ends a stream: its own words where they are an error of the protocol."""
+    try:
+        told = json.loads(content)
+    except (ValueError, RecursionError):
+        told = None
+    if not (isinstance(told, dict) and isinstance(told.get("error"), dict)):
+        told = {"error": {"type": claude_type(status), "message": "The upstream refused the request"}}
+    return sse.format_event("error", {"type": "error"} | told)

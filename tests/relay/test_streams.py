@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.relay.calls import Chat, events_of, rest_account, streamed_text
+from tests.relay.calls import MODEL, Chat, events_of, rest_account, streamed_text
 from tests.upstream.client import TestUpstream
 
 LONG = "word " * 60
@@ -115,6 +115,29 @@ async def test_a_ping_before_the_answer_sends_the_head_out(
     assert {name for name, _ in failed[:-1]} == {"ping"}
     assert failed[-1][1]["error"]["type"] == "overloaded_error"
     assert [each["status"] for each in await chat.turns()] == ["failed", "completed"]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/claude-kiro-oauth/v1/messages"])
+async def test_after_a_ping_whatever_comes_is_told_in_the_stream(
+    chat_at: Any, make_relay: Any, upstream: TestUpstream, path: str
+) -> None:
+    """Also upstream's refusal, and an answer that comes as a whole."""
+    chat: Chat = await chat_at(make_relay(RELAY_PING_SECONDS="0.1"))
+    refusal = {"type": "error", "error": {"type": "invalid_request_error", "message": "too long"}}
+    message = {"id": "msg_1", "type": "message", "role": "assistant", "model": MODEL, "stop_reason": "end_turn"}
+    answers = [(400, refusal), (413, "<html>"), (200, message | {"content": [{"type": "text", "text": "whole"}]})]
+    upstream.script(*({"status": status, "body": body, "delay_ms": 400} for status, body in answers))
+    streams = []
+    for _ in answers:
+        answer = await chat.http.post(path, json=chat.body("Hello", stream=True))
+        assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+        streams.append([each for each in events_of(answer.content) if each[0] != "ping"])
+        assert answer.text.count("\n\n") == answer.text.count("event: ")
+    unread = {"type": "request_too_large", "message": "The upstream refused the request"}
+    assert streams[:2] == [[("error", refusal)], [("error", {"type": "error", "error": unread})]]
+    assert (streams[2][0][0], streams[2][-1][0]) == ("message_start", "message_stop")
+    assert streamed_text(answer.content) == "whole"
+    assert await chat.history() == [("user", "Hello"), ("assistant", "whole")]
 
 
 async def test_a_silent_upstream_is_given_up(
