@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from pydantic import ValidationError
+from uuid_utils import uuid7
 
 from services.relay import prices
 from services.relay.assembly import storable
@@ -65,12 +66,13 @@ def completion(answer: Answer, *, lease_token: str, prefill: list[Block], body: 
 def _message(blocks: list[Block], metadata: dict[str, Any]) -> wire.NewMessage:
     kept, replaced = storable([_fit(block) for block in blocks])
     metadata = metadata | (REPLACED if replaced else {})
+    message_id = str(uuid7())
     try:
-        return wire.NewMessage(role="assistant", content=kept, metadata=metadata or None)
+        return wire.NewMessage(role="assistant", content=kept, metadata=metadata or None, message_id=message_id)
     except ValidationError:  # each block fits, all together are over the limit
         text = "".join(str(block["text"]) for block in kept if block["type"] == "text")[:_CUT_CHARACTERS]
         cut: list[Block] = [{"type": "text", "text": text}]
-        return wire.NewMessage(role="assistant", content=cut, metadata=metadata | CUT)
+        return wire.NewMessage(role="assistant", content=cut, metadata=metadata | CUT, message_id=message_id)
 
 
 def _of_partial(blocks: list[Block]) -> list[Block]:

@@ -31,6 +31,11 @@ def presented(headers: Mapping[str, str]) -> str | None:
     return token.strip() or None if scheme.lower() == "bearer" else None
 
 
+def shows_nothing(headers: Mapping[str, str]) -> bool:
+    """Whether a request does not even try to show a key: one in a wrong form is a wrong one, not none."""
+    return not any(headers.get(name, "").strip() for name in ("x-api-key", "authorization"))
+
+
 class Callers:
     """The keys, those seen lately at hand."""
 

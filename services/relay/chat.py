@@ -3,6 +3,7 @@
 Its one invariant: a chat is a turn like any other; nothing here keeps anything.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final
@@ -10,15 +11,18 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from services.relay.accounts import DEMO_MODEL
+from services.relay.keys import Key
 from services.relay.pool import Pool
 from services.relay.request import ClaudeRequest
 from services.relay.sse import Splitter
+from services.relay.upstream import encode_body
 from shared import values
-from shared.json import dumps, loads
 
 ANONYMOUS: Final = "anonymous"
 _LAST_RESORT: Final = "claude-sonnet-4-5"
 _MESSAGE_CHARACTERS: Final = 2**20
+_UNTOLD: Final = {"type": "api_error", "message": "The upstream failed to answer"}
+_TEXTS: Final = {"content_block_start": "content_block", "content_block_delta": "delta"}
 
 
 def _not_blank(text: str) -> str:
@@ -52,15 +56,12 @@ def request_of(chat: ChatMessage, *, default_model: str, max_tokens: int, stream
     return ClaudeRequest(body, chat.conversation_id)
 
 
-def default_model(pool: Pool, setting: str) -> str:
-    """The setting, else the first model that a real account names, else the demo's."""
-    if setting:
-        return setting
+def default_model(pool: Pool, setting: str, key: Key) -> str:
+    """The setting, else the first model that a real account names, else the demo's: of those that the key may ask."""
     real = [member.account for member in pool.members.values() if member.account.provider != "demo" and member.enabled]
-    named = next((name for account in real for name in account.models), None)
-    if named is not None:
-        return named
-    return _LAST_RESORT if real else DEMO_MODEL
+    named = [setting] if setting else [name for account in real for name in account.models]
+    usual = named or [_LAST_RESORT if real else DEMO_MODEL]
+    return next((name for name in [*usual, *key.allowed_models] if key.may_ask(name)), usual[0])
 
 
 def text_of(message: dict[str, Any]) -> str:
@@ -87,23 +88,26 @@ class Translation:
     def feed(self, piece: bytes) -> Iterator[str]:
         """The texts that this piece of the stream brings."""
         for event in self._splitter.feed(piece):
-            if event.name not in {"message_start", "content_block_delta", "message_delta", "error"}:
-                continue
-            data = loads(event.data)
-            if event.name == "content_block_delta":
-                text = data["delta"].get("text")
+            if event.name in _TEXTS:
+                text = _object(json.loads(event.data), _TEXTS[event.name]).get("text")
                 if isinstance(text, str) and text:
                     self.said.append(text)
                     yield text
             elif event.name == "error":
-                self.error = data.get("error") or {}
+                self.error = _UNTOLD | _object(json.loads(event.data), "error")
             elif event.name == "message_start":
-                self.message = data["message"]
-            else:
-                usage = {**(self.message.get("usage") or {}), **(data.get("usage") or {})}
-                self.message = {**self.message, "usage": usage}
+                self.message = _object(json.loads(event.data), "message")
+            elif event.name == "message_delta":
+                usage = {**_object(self.message, "usage"), **_object(json.loads(event.data), "usage")}
+                self.message = {**self.message, "usage": usage or None}
+
+
+def _object(holder: Any, name: str) -> dict[str, Any]:
+    """What stands there, if it is an object: not all that upstream says is known to be one."""
+    found = holder.get(name) if isinstance(holder, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def event(kind: str, **fields: Any) -> bytes:
     """One event of a chat stream."""
-    return b"data: " + dumps({"type": kind, **fields}) + b"\n\n"
+    return b"data: " + encode_body({"type": kind, **fields}) + b"\n\n"

@@ -5,6 +5,7 @@ Its one invariant: nothing here asks upstream or writes; what is given was answe
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ from services.relay.idempotency import Earlier
 from services.relay.sse import format_event
 from services.relay.upstream import encode_body
 from shared import wire
-from shared.errors import IdempotencyInProgress, NotFound
+from shared.errors import IdempotencyInProgress, NotFound, ServiceError
 from shared.json import dumps, equal
 from shared.session_client import SessionClient, SessionKey
 
@@ -24,6 +25,22 @@ _BUSY_SECONDS: Final = 1.0
 _MOST_LISTED: Final = 1000
 
 Block = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A turn's answer in the store. `message_count` is the session's, the visible ones, after it."""
+
+    message_id: str | None
+    message_count: int
+    usage: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, before: wire.Session, completed: wire.CompleteTurn) -> "Kept":
+        """What becomes of a session that was like this when the turn was open."""
+        messages = completed.messages
+        count = before.message_count + len(messages)
+        return cls(messages[-1].message_id if messages else None, count, completed.usage)
 
 
 # ── from the store ──────────────────────────────────────────────────────────────────────────────
@@ -46,6 +63,18 @@ async def earlier_answer(
     place = {"after_seq": turn.output_from_seq - 1, "limit": 1, "include_superseded": True}
     listed = await sessions.list_messages(key, **place)
     return message_of_turn(turn, listed.messages[0], prefill) if listed.messages else None
+
+
+async def kept(sessions: SessionClient, key: SessionKey, turn_id: str) -> Kept | None:
+    """What the store has of an answer that is given again, and of its session now; None where it does not say."""
+    try:
+        turn, session = await sessions.get_turn(key, turn_id), await sessions.get_session(key)
+        from_seq = turn.output_from_seq
+        place = {"after_seq": (from_seq or 1) - 1, "limit": 1, "include_superseded": True}
+        listed = (await sessions.list_messages(key, **place)).messages if from_seq is not None else []
+    except ServiceError:
+        return None
+    return Kept(listed[0].message_id if listed else None, session.message_count, turn.usage)
 
 
 async def rewind_for(sessions: SessionClient, user_id: str, earlier: Earlier) -> int | None:

@@ -10,7 +10,6 @@ same folder may deliver it, because delivering twice is the same as once. A sess
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -87,21 +86,12 @@ class Spool:
         if self.count:
             log.info("spool_found", entries=self.count)
 
-    async def complete(
-        self,
-        key: SessionKey,
-        turn_id: str,
-        answer: wire.CompleteTurn,
-        on_stored: Callable[[wire.TurnCompleted], None] = lambda _: None,
-    ) -> Persisted:
-        """Completes the turn: `yes` when the store has it, `deferred` when the disk has it, else `none`.
-
-        `on_stored` hears what the store has made of it, when that is known at once.
-        """
+    async def complete(self, key: SessionKey, turn_id: str, answer: wire.CompleteTurn) -> Persisted:
+        """Completes the turn: `yes` when the store has it, `deferred` when the disk has it, else `none`."""
         entry = Entry(self._folder / f"{uuid7()}{_SUFFIX}", key, turn_id, answer, time())
         if key not in self._waiting:
             try:
-                return await self._completed(key, turn_id, answer, on_stored)
+                return await self._completed(key, turn_id, answer)
             except _AWAY as error:
                 log.warning("completion_deferred", turn_id=turn_id, error=type(error).__name__)
             except asyncio.CancelledError:
@@ -136,17 +126,11 @@ class Spool:
             else:
                 await asyncio.sleep(_POLL_SECONDS)
 
-    async def _completed(
-        self,
-        key: SessionKey,
-        turn_id: str,
-        answer: wire.CompleteTurn,
-        on_stored: Callable[[wire.TurnCompleted], None] = lambda _: None,
-    ) -> Persisted:
+    async def _completed(self, key: SessionKey, turn_id: str, answer: wire.CompleteTurn) -> Persisted:
         """`yes`, or `none` when the store has refused it for good; raises one of _AWAY."""
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                on_stored(await self._sessions.complete_turn(key, turn_id, answer))
+                await self._sessions.complete_turn(key, turn_id, answer)
         except _AWAY:
             raise
         except ServiceError as error:

@@ -38,11 +38,11 @@ from services.relay.interruption import Interruption
 from services.relay.once import Once
 from services.relay.outcomes import Ended
 from services.relay.parts import Caller, Parts, Reply
+from services.relay.replays import Kept
 from services.relay.request import ClaudeRequest
 from services.relay.session_ids import Choice
 from services.relay.spending import Bill
 from services.relay.upstream import MESSAGES_PATH, UpstreamAnswer, UpstreamRequest
-from shared import wire
 from shared.errors import Internal, ServiceError, Unavailable
 
 log = structlog.get_logger(__name__)
@@ -63,8 +63,8 @@ class Turn:
         self._bill: Bill
         self._brings_session = False
         self._has_left = False
-        self.stored: wire.TurnCompleted | None = None
-        """What the store has made of the turn, once it has; not when that comes later, by the spool."""
+        self.kept: Kept | None = None
+        """What the store has of the turn, or will have once it hears of it."""
         self.task = asyncio.create_task(self._run())
 
     @property
@@ -195,7 +195,9 @@ class Turn:
         persisted = "none"
         if opened is not None:
             place = (opened.key, opened.turn.turn_id)
-            persisted = await self._parts.spool.complete(*place, completed, self._on_stored)
+            persisted = await self._parts.spool.complete(*place, completed)
+            if persisted != "none":
+                self.kept = Kept.of(opened.turn.session, completed)
         self._parts.metrics.count_tokens(completed.model, completed.usage)
         self._parts.metrics.count_cost(completed.model, completed.cost_usd)
         await self._bill.settle(spending.of(completed))
@@ -206,9 +208,6 @@ class Turn:
         if began is not None:
             await began.end(ended, self._delivery.whole_headers(ended, persisted))
         self._delivery.end(ended, persisted)
-
-    def _on_stored(self, stored: wire.TurnCompleted) -> None:
-        self.stored = stored
 
     # ── upstream ────────────────────────────────────────────────────────────────────────────────
 

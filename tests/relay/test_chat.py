@@ -13,6 +13,7 @@ import pytest_asyncio
 
 from tests.processes import Process, ServiceProcess
 from tests.relay.calls import admin_headers, client_of, error_of, start_relay, upstream_settings
+from tests.relay.key_calls import latin
 from tests.upstream.client import TestUpstream
 
 Json = dict[str, Any]
@@ -161,6 +162,17 @@ async def test_an_expired_conversation_begins_anew(
         assert kept.json()["total"] == 4
 
 
+WRONG: list[dict[str, str]] = [
+    {"x-api-key": "cr_wrong"},
+    {"x-api-key": "\xff"},
+    {"authorization": "Bearer cr_wrong"},
+    {"authorization": "cr_wrong"},
+    {"authorization": "Bearer"},
+    {"authorization": "Basic YTpi"},
+]
+"""A key in a wrong form is a wrong one, not none."""
+
+
 async def test_who_may_chat(demo: httpx.AsyncClient, demo_relay: Process, sessions: httpx.AsyncClient) -> None:
     """In development callers without a key are one user, 'anonymous'; a wrong key is refused all the same."""
     mine = new_id()
@@ -168,15 +180,27 @@ async def test_who_may_chat(demo: httpx.AsyncClient, demo_relay: Process, sessio
         await say(nobody, "My name is Eve", mine)
         assert (await sessions.get(f"/sessions/{mine}", params={"user_id": "anonymous"})).status_code == 200
         assert (await demo.get(f"/api/sessions/{mine}")).status_code == 404
-        wrong = await nobody.post("/api/chat", json={"message": "Hello"}, headers={"x-api-key": "cr_wrong"})
-        error_of(wrong, 401, "authentication_error")
+        for headers in WRONG:
+            for content in (b'{"message": "Hello"}', b'{"message": 5}', b"{", b""):
+                for path in ("/api/chat", "/api/chat/stream"):
+                    wrong = await nobody.post(path, content=content, headers=latin(headers))
+                    error_of(wrong, 401, "authentication_error")
+            for path in ("/api/sessions", "/api/sessions?page=x", f"/api/sessions/{mine}"):
+                error_of(await nobody.get(path, headers=latin(headers)), 401, "authentication_error")
+        for blank in ({"x-api-key": ""}, {"authorization": ""}):
+            assert (await nobody.get("/api/sessions", headers=blank)).status_code == 200
         error_of(await nobody.post("/v1/messages", json={}), 401, "authentication_error")
 
 
 async def test_anonymous_chat_can_be_switched_off(make_relay: Callable[..., Process]) -> None:
     relay = make_relay(RELAY_ANONYMOUS_CHAT="false")
     async with httpx.AsyncClient(base_url=relay.url, trust_env=False) as nobody:
-        for answer in (await nobody.post("/api/chat", json={"message": "Hello"}), await nobody.get("/api/sessions")):
+        for answer in (
+            await nobody.post("/api/chat", json={"message": "Hello"}),
+            await nobody.post("/api/chat/stream", content=b"{"),
+            await nobody.post("/sessions/any/summarize", content=b"{"),
+            await nobody.get("/api/sessions"),
+        ):
             error_of(answer, 401, "authentication_error")
 
 

@@ -140,6 +140,19 @@ async def test_the_chat_has_a_permission_of_its_own(admin: Admin, bare: httpx.As
         await admin.change(key.id, permissions=["messages", "conversations"])
 
 
+async def test_a_chat_that_names_no_model_asks_one_that_the_key_may_ask(
+    admin: Admin, bare: httpx.AsyncClient, upstream: TestUpstream
+) -> None:
+    """Whichever is the usual one; a model that is named and not allowed is refused all the same."""
+    key = await admin.make(allowedModels=["test-model-9"])
+    for path in ("/api/chat", "/api/chat/stream"):
+        answer = await bare.post(path, json={"message": "Hello"}, headers={"x-api-key": key.secret})
+        assert answer.status_code == 200, answer.text
+        assert upstream.requests(PATH)[-1]["json"]["model"] == "test-model-9"
+        answer = await bare.post(path, json={"message": "Hello", "model": "other"}, headers={"x-api-key": key.secret})
+        error_of(answer, 403, "permission_error")
+
+
 async def test_allowed_models(
     admin: Admin, bare: httpx.AsyncClient, upstream: TestUpstream, sessions: httpx.AsyncClient
 ) -> None:

@@ -1,31 +1,29 @@
 """The chat door: messages with a conversation's id, plain or streamed, and the conversations there are."""
 
+import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from services.relay import chat
-from services.relay.callers import presented
+from services.relay import chat, replays
+from services.relay.callers import shows_nothing
 from services.relay.chat import ANONYMOUS, ChatMessage, Translation
 from services.relay.errors import NotPermitted
 from services.relay.keys import Key, anonymous
 from services.relay.parts import Caller, Reply
 from services.relay.pipe import Pipe
-from services.relay.routes.parameters import AppState, SessionId, caller_with
+from services.relay.routes.parameters import AppState, KeyedRoute, SessionId, caller_with
 from services.relay.routes.rendering import request_id_of
-from services.relay.routes.replies import EventStream, begun
+from services.relay.routes.replies import Begun, EventStream, begun
 from services.relay.session_ids import decoded
 from services.relay.state import State
 from services.relay.turn import Turn
+from services.relay.upstream import encode_body
 from shared import wire
 from shared.door import answer
 from shared.errors import SessionNotFound
-from shared.json import dumps, loads
 from shared.session_client import SessionKey
-from shared.strict_route import StrictRoute
-
-router = APIRouter(prefix="/api", tags=["chat"], route_class=StrictRoute)
 
 _PING: Final = b": ping\n\n"
 _DELETED: Final = "会话已删除"
@@ -36,12 +34,18 @@ _keyed = caller_with("chat")
 async def _caller_key(request: Request, state: AppState) -> Key:
     """The caller's key; where the settings allow it, none is needed, but a wrong one is refused all the same."""
     state.require_ready()
-    if state.settings.serves_anonymous_chat and presented(request.headers) is None:
+    if state.settings.serves_anonymous_chat and shows_nothing(request.headers):
         return anonymous(ANONYMOUS)
     return await _keyed(request, state)
 
 
+class ChatRoute(KeyedRoute):
+    async def find(self, request: Request, state: State) -> Key:
+        return await _caller_key(request, state)
+
+
 ChatKey = Annotated[Key, Depends(_caller_key)]
+router = APIRouter(prefix="/api", tags=["chat"], route_class=ChatRoute)
 
 
 @router.post("/chat")
@@ -49,10 +53,10 @@ async def create_chat(message: ChatMessage, request: Request, state: AppState, k
     """An answer within a conversation."""
     turn = _turn(message, request, state, key, stream=False)
     seen = await begun(turn, request)
-    if (end := seen.early_end(request)) is not None:
+    if (end := _early_end(seen, request)) is not None:
         return end
-    told = await _told(state, key, turn, loads(seen.reply.content) if isinstance(seen.reply.content, bytes) else {})
-    return seen.plain(dumps(told), _headers(seen.reply, request) | {"content-type": "application/json"})
+    told = await _told(state, key, turn, json.loads(_bytes_of(seen.reply)))
+    return seen.plain(encode_body(told), _headers(seen.reply, request) | {"content-type": "application/json"})
 
 
 @router.post("/chat/stream")
@@ -60,7 +64,7 @@ async def create_chat_stream(message: ChatMessage, request: Request, state: AppS
     """The same as it is written: `content` events, then one of type `done`, or `error`."""
     turn = _turn(message, request, state, key, stream=True)
     seen = await begun(turn, request)
-    if (end := seen.early_end(request)) is not None:
+    if (end := _early_end(seen, request)) is not None:
         return end
     headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
     return EventStream(_events(state, key, turn), seen, headers=_headers(seen.reply, request) | headers)
@@ -117,7 +121,7 @@ def _turn(message: ChatMessage, request: Request, state: State, key: Key, *, str
     settings = state.settings
     asked = chat.request_of(
         message,
-        default_model=chat.default_model(state.pool, settings.relay_chat_model),
+        default_model=chat.default_model(state.pool, settings.relay_chat_model, key),
         max_tokens=settings.relay_default_max_tokens,
         stream=stream,
     )
@@ -127,6 +131,17 @@ def _turn(message: ChatMessage, request: Request, state: State, key: Key, *, str
     return state.turns.begin(Caller(key, headers, "", request_id_of(request.scope)), asked)
 
 
+def _early_end(seen: Begun, request: Request) -> Response | None:
+    """The response that ends it before there is an answer: an error, or upstream's refusal, passed on as it is."""
+    if (end := seen.early_end(request)) is not None or seen.reply.status == 200:
+        return end
+    return seen.plain(_bytes_of(seen.reply), {"request-id": request_id_of(request.scope)} | seen.reply.headers)
+
+
+def _bytes_of(reply: Reply) -> bytes:
+    return reply.content if isinstance(reply.content, bytes) else b""
+
+
 def _headers(reply: Reply, request: Request) -> dict[str, str]:
     kept = {name: value for name, value in reply.headers.items() if name.startswith(("x-", "idempotent-"))}
     return {"request-id": request_id_of(request.scope)} | kept
@@ -134,32 +149,24 @@ def _headers(reply: Reply, request: Request) -> dict[str, str]:
 
 async def _told(state: State, key: Key, turn: Turn, message: dict[str, Any]) -> dict[str, Any]:
     """What a chat's end tells of it."""
-    session_id = decoded(turn.reply.result().headers.get("x-session-id", ""))
-    stored = turn.stored
-    count = stored.session.message_count if stored else await _message_count(state, SessionKey(key.user_id, session_id))
-    written = [each.message_id for each in stored.messages if each.role == "assistant"] if stored else []
+    headers, kept = turn.reply.result().headers, turn.kept
+    session_id = decoded(headers.get("x-session-id", "")) or None
+    if kept is None and session_id is not None and "idempotent-replayed" in headers:
+        kept = await replays.kept(state.sessions, SessionKey(key.user_id, session_id), headers["x-turn-id"])
     return {
         "conversation_id": session_id,
         "session_id": session_id,
-        "message_id": written[-1] if written else message.get("id"),
+        "message_id": kept and kept.message_id,
         "response": chat.text_of(message),
         "model": message.get("model"),
-        "usage": message.get("usage"),
-        "message_count": count,
+        "usage": message.get("usage") or (kept and kept.usage),
+        "message_count": kept and kept.message_count,
     }
 
 
-async def _message_count(state: State, key: SessionKey) -> int | None:
-    """For an answer that was given before, or that is still on its way to the store; None where that is away."""
-    try:
-        return (await state.sessions.get_session(key)).message_count
-    except Exception:
-        return None
-
-
 async def _events(state: State, key: Key, turn: Turn) -> AsyncIterator[bytes]:
-    translation, pipe = Translation(), turn.reply.result().content
-    while isinstance(pipe, Pipe) and (piece := await pipe.get(state.settings.relay_ping_seconds)) != b"":
+    translation, reply = Translation(), turn.reply.result()
+    async for piece in _pieces(reply, state.settings.relay_ping_seconds):
         if piece is None:
             yield _PING
             continue
@@ -169,3 +176,13 @@ async def _events(state: State, key: Key, turn: Turn) -> AsyncIterator[bytes]:
         yield chat.event("error", error=translation.error, message=translation.error.get("message"))
         return
     yield chat.event("done", **await _told(state, key, turn, translation.whole))
+
+
+async def _pieces(reply: Reply, ping_seconds: float) -> AsyncIterator[bytes | None]:
+    """A stream's bytes, None where it says nothing for so long; also of an answer that came as a whole."""
+    if isinstance(reply.content, Pipe):
+        while (piece := await reply.content.get(ping_seconds)) != b"":
+            yield piece
+    else:
+        for piece in replays.stream_of(reply.content):
+            yield piece

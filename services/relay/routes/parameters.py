@@ -1,15 +1,16 @@
 """What routes take from a request."""
 
-from collections.abc import Awaitable, Callable
-from typing import Annotated
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Annotated, Any
 
-from fastapi import Depends, Path, Request
+from fastapi import Depends, Path, Request, Response
 
 from services.relay.callers import presented
 from services.relay.errors import NotPermitted
 from services.relay.keys import Key, Permission
 from services.relay.state import State
 from shared import values
+from shared.strict_route import StrictRoute
 
 
 async def _state(request: Request) -> State:
@@ -20,12 +21,17 @@ async def _state(request: Request) -> State:
 AppState = Annotated[State, Depends(_state)]
 
 
-def caller_with(permission: Permission | None) -> Callable[..., Awaitable[Key]]:
+FindKey = Callable[[Request, State], Awaitable[Key]]
+
+
+def caller_with(permission: Permission | None) -> FindKey:
     """A dependency that gives the caller's key, if it has the permission."""
 
     async def key_of(request: Request, state: AppState) -> Key:
         state.require_ready()
-        key = await state.callers.authenticate(presented(request.headers))
+        key: Key | None = getattr(request.state, "key", None)  # a KeyedRoute has asked already
+        if key is None:
+            key = await state.callers.authenticate(presented(request.headers))
         if permission is not None and not key.may(permission):
             raise NotPermitted(f"The API key has no permission for {permission}")
         return key
@@ -33,7 +39,26 @@ def caller_with(permission: Permission | None) -> Callable[..., Awaitable[Key]]:
     return key_of
 
 
-CallerKey = Annotated[Key, Depends(caller_with(None))]
+_any_key = caller_with(None)
+
+
+class KeyedRoute(StrictRoute):
+    """A route that knows its caller before it looks at the body: a stranger hears 401, whatever else is wrong."""
+
+    async def find(self, request: Request, state: State) -> Key:
+        return await _any_key(request, state)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            request.state.key = await self.find(request, request.app.state.relay)
+            return await handle(request)
+
+        return guarded
+
+
+CallerKey = Annotated[Key, Depends(_any_key)]
 MessagesKey = Annotated[Key, Depends(caller_with("messages"))]
 SessionId = Annotated[values.SessionId, Path()]
 TurnId = Annotated[values.MessageId, Path()]

@@ -6,14 +6,13 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from services.relay.outcomes import Ended
-from services.relay.routes.parameters import AppState, CallerKey, MessagesKey, SessionId
+from services.relay.routes.parameters import AppState, CallerKey, KeyedRoute, MessagesKey, SessionId
 from services.relay.routes.rendering import request_id_of
 from shared import wire
 from shared.door import answer
 from shared.session_client import SessionKey
-from shared.strict_route import StrictRoute
 
-router = APIRouter(tags=["sessions"], route_class=StrictRoute)
+router = APIRouter(tags=["sessions"], route_class=KeyedRoute)
 
 _SHOWN = ("session_id", "status", "created_at", "last_activity", "expires_at", "message_count", "total_tokens")
 _SUMMARY = ("session_id", "session_summary", "summary_to_seq", "summary_model")
