@@ -60,6 +60,8 @@ async def test_the_seeds_dialogue(demo: httpx.AsyncClient) -> None:
     assert "我不知道你的名字" in stranger
     assert "张三" in (await say(demo, "我是谁？", first))["response"]
     assert "张三" in (await say(demo, "我叫什么名字？", first))["response"]
+    assert (await say(demo, "我叫什么？", first))["response"].startswith("你叫张三。")
+    assert (await say(demo, "我叫什么？", new_id()))["response"].startswith("我不知道你的名字")
 
 
 async def test_the_dialogue_in_english(demo: httpx.AsyncClient) -> None:

@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 
 from tests.processes import Process
-from tests.relay.calls import MODEL, UPSTREAM_KEY, Json, admin_headers, start_relay, upstream_settings, user
+from tests.relay.calls import MODEL, UPSTREAM_KEY, Json, admin_headers, error_of, start_relay, upstream_settings, user
 from tests.session_service.calls import Db
 from tests.upstream.client import TestUpstream
 
@@ -224,6 +224,37 @@ async def test_newcomers_at_two_relays_never_are_too_many(site: Site) -> None:
     assert site.stats()["sessions"] == stats["sessions"]
 
 
+async def test_by_default_twenty_of_a_hundred_newcomers_enter(
+    http: httpx.AsyncClient, data_dir: Path, upstream: TestUpstream
+) -> None:
+    """Plain, streamed and as chats, with ids of their own and without; every one is served."""
+    admin = admin_headers(data_dir)
+    await http.delete(POOL, headers=admin)
+    made = await http.post("/admin/api-keys", json={"name": "collects", "collectSession": True}, headers=admin)
+    key = {"x-api-key": made.json()["data"]["apiKey"]}
+    body: Json = {"model": MODEL, "max_tokens": 100, "messages": [user("Hi")]}
+    asks: list[tuple[str, Json]] = [
+        ("/v1/messages", body | {"metadata": {"session_id": "own"}}),
+        ("/v1/messages", body | {"stream": True}),
+        ("/api/chat", {"message": "Hi", "model": MODEL}),
+        ("/api/chat/stream", {"message": "Hi", "model": MODEL}),
+    ]
+
+    async def ask(number: int) -> str:
+        path, content = asks[number % 4]
+        own = {"metadata": {"session_id": new_id()}} if "metadata" in content else {}
+        answer = await http.post(path, json=content | own, headers=key)
+        assert answer.status_code == 200, answer.text
+        return answer.headers["x-session-id"]
+
+    asked = await asyncio.gather(*map(ask, range(100)))
+    stats = (await http.get(f"{POOL}/stats", headers=admin)).json()["data"]
+    assert (stats["poolSize"], stats["maxPoolSize"], len(set(stats["sessions"]))) == (20, 20, 20)
+    assert set(stats["sessions"]) <= set(asked)
+    assert len(set(asked)) == 100
+    await http.delete(POOL, headers=admin)
+
+
 async def test_collecting_never_holds_a_turn_back(site: Site) -> None:
     key, session_id = site.key(collect=True), new_id()
     async with site.sql() as db, db.transaction():
@@ -316,9 +347,10 @@ async def test_setting_the_current_one(site: Site) -> None:
         ("ben", True),
         ("ann", False),
     ]
-    assert site.admin("POST", path, {"sessionId": new_id()}).status_code == 404
+    error_of(site.admin("POST", path, {"sessionId": new_id()}), 404, "not_found_error")
     for bad in ({}, {"sessionId": ""}, {"sessionId": 7}, {"sessionId": None}, {"sessionId": "a\0b"}, [shared], None):
-        assert site.admin("POST", path, bad).status_code == 400, bad
+        message = error_of(site.admin("POST", path, bad), 400, "invalid_request_error")
+        assert ("sessionId" if isinstance(bad, dict) else "body") in message, bad
     assert site.stats()["currentSession"] == shared
 
 
@@ -342,8 +374,11 @@ async def test_emptying_it_leaves_conversations_alone(site: Site) -> None:
 async def test_it_is_the_administrators_alone(site: Site, method: str, path: str) -> None:
     key = site.key(collect=True)
     for headers in ({}, {"x-api-key": key["apiKey"]}, {"authorization": f"Bearer {key['apiKey']}"}):
-        answer = await site.http.request(method, site.relays[0].url + POOL + path, headers=headers)
-        assert answer.status_code == 401
+        for content in (b"", b"{"):
+            url = site.relays[0].url + POOL + path
+            answer = await site.http.request(method, url, headers=headers, content=content)
+            error_of(answer, 401, "authentication_error")
+            assert answer.headers["www-authenticate"] == "Bearer"
 
 
 # ── apart ───────────────────────────────────────────────────────────────────────────────────────
