@@ -88,6 +88,7 @@ def run(
     bound = listen(host, port)
     config = uvicorn.Config(
         app,
+        ws="websockets-sansio",
         http=deadline_protocol(settings.header_timeout_seconds),
         log_config=None,
         access_log=False,

@@ -95,6 +95,11 @@ class SessionClient:
         """Parameters as in the HTTP call: page, page_size, after_seq, before_seq, limit, order …"""
         return await self._call(wire.MessageList, "GET", f"{key.path}/messages", key, params=params, repeatable=True)
 
+    async def append_message(self, key: SessionKey, message: wire.NewMessage) -> wire.Message:
+        """`message.message_id` must be given: it makes appending twice the same as once."""
+        path = f"{key.path}/messages"
+        return await self._call(wire.Message, "POST", path, key, body=message, repeatable=True)
+
     async def get_stats(self) -> wire.Stats:
         """Totals of all users, at most five seconds old."""
         return await self._call(wire.Stats, "GET", "/api/v1/sessions/stats", repeatable=True)

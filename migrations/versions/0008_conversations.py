@@ -110,9 +110,7 @@ def upgrade() -> None:
         sa.CheckConstraint(
             "kind IN ('message', 'state', 'error', 'other')", name="relay_conversation_events_kind_check"
         ),
-        sa.CheckConstraint(
-            "source IN ('agent', 'user', 'environment')", name="relay_conversation_events_source_check"
-        ),
+        sa.CheckConstraint("source IN ('agent', 'user', 'environment')", name="relay_conversation_events_source_check"),
         sa.CheckConstraint("kind = 'message' OR NOT is_pending", name="relay_conversation_events_is_pending_check"),
         sa.PrimaryKeyConstraint("conversation_id", "seq", name="relay_conversation_events_pkey"),
         sa.UniqueConstraint("conversation_id", "id", name="relay_conversation_events_id_key"),

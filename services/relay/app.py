@@ -1,5 +1,9 @@
 """The app: its parts put together, and its routes."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -15,20 +19,43 @@ from services.relay.affinity import Affinity
 from services.relay.attempts import Asking
 from services.relay.beside import running
 from services.relay.callers import Callers
+from services.relay.conversations import Conversation
+from services.relay.conversing import Conversing, key_of
+from services.relay.event_log import EventLog
 from services.relay.idempotency import Idempotency
 from services.relay.key_limits import KeyLimits
+from services.relay.live import Live
 from services.relay.metrics import Metrics
 from services.relay.models import Models
 from services.relay.parts import Parts
 from services.relay.pool import Pool
-from services.relay.routes import accounts, api_keys, chat, claude, front, health, session_pool, sessions, turns
+from services.relay.posting import Posting
+from services.relay.routes import (
+    accounts,
+    api_keys,
+    chat,
+    claude,
+    conversations_v0,
+    conversations_v1,
+    front,
+    health,
+    runtime,
+    session_pool,
+    sessions,
+    sockets,
+    turns,
+)
+from services.relay.routes.conversation_access import check_path
 from services.relay.routes.rendering import on_service_error, render
+from services.relay.run import RunParts
+from services.relay.runs import Runs
 from services.relay.sealing import Sealer
 from services.relay.session_limit import SessionLimit
 from services.relay.session_pool import SessionPool
 from services.relay.settings import RelaySettings
 from services.relay.slots import Slots
 from services.relay.spool import Spool
+from services.relay.starting import Starts
 from services.relay.state import State
 from services.relay.summaries import Summaries
 from services.relay.summarizing import Summarizer
@@ -64,7 +91,10 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
     )
     app.state.relay = state
     app.state.limits = None
-    for routes in (claude, chat, accounts, api_keys, session_pool, sessions, turns, health, front):
+    for routes in (
+        *(claude, chat, accounts, api_keys, session_pool, sessions, turns, health, front),
+        *(conversations_v1, conversations_v0, runtime, sockets),
+    ):
         app.include_router(routes.router)
     describe(app)
     _allow_pages(app, settings)
@@ -73,7 +103,7 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_fault)
     rules = BodyRules(settings.relay_max_body_bytes, settings.body_timeout_seconds)
-    return Door(app, rules=rules, duration=state.metrics.duration, render=render)
+    return Door(app, rules=rules, duration=state.metrics.duration, admit=check_path, render=render)
 
 
 def _state(settings: RelaySettings, database: Database, lifecycle: Lifecycle) -> State:
@@ -109,9 +139,12 @@ def _state(settings: RelaySettings, database: Database, lifecycle: Lifecycle) ->
         queue_seconds=settings.relay_queue_seconds,
         requests_per_second=settings.relay_requests_per_second,
     )
+    events = EventLog(database, client)
     parts = Parts(
-        settings, client, asking, affinity, spool, metrics, admission, limit, records, key_limits, pooled, summaries
+        *(settings, client, asking, affinity, spool, metrics, admission, limit, records, key_limits, pooled, summaries),
+        event_log=events,
     )
+    turns = Turns(parts)
     return State(
         settings=settings,
         secrets=secrets,
@@ -135,8 +168,27 @@ def _state(settings: RelaySettings, database: Database, lifecycle: Lifecycle) ->
         slots=held,
         affinity=affinity,
         idempotency=records,
-        turns=Turns(parts),
+        turns=turns,
+        conversing=_conversing(parts, turns, database, secrets.pepper),
     )
+
+
+def _conversing(parts: Parts, turns: Turns, database: Database, pepper: str) -> Conversing:
+    settings, sessions, log = parts.settings, parts.sessions, parts.event_log
+    live, pool = Live(database), parts.asking.pool
+    most = settings.relay_max_running_conversations
+
+    async def enriching(_: Conversation) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+        return lambda messages: messages
+
+    run_parts = RunParts(settings, database, sessions, turns, pool, live, log, partial(key_of, database), enriching)
+    runs = Runs(database, live, log, run_parts, most)
+    posting = Posting(database, sessions, log, runs)
+    starts = Starts(
+        *(database, sessions, pool, parts.session_limit, posting, pepper, most),
+        wait_seconds=settings.relay_start_wait_seconds,
+    )
+    return Conversing(database, sessions, live, log, runs, posting, starts, pepper)
 
 
 def _allow_pages(app: FastAPI, settings: RelaySettings) -> None:

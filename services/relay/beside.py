@@ -12,7 +12,7 @@ from functools import partial
 import structlog
 from uuid_utils import uuid7
 
-from services.relay import account_use, development, first_accounts, keys, slots, upkeep
+from services.relay import account_use, development, first_accounts, keys, runs, slots, start_tasks, upkeep
 from services.relay.changes import Changes
 from services.relay.key_limits import GIVE_BACK_SECONDS, RENEW_SECONDS
 from services.relay.state import State
@@ -24,6 +24,7 @@ log = structlog.get_logger(__name__)
 
 _RETRY_SECONDS = 1.0
 _USE_SECONDS = 1.0
+_NOTES_SECONDS = 0.2
 _OLD_SECONDS = 60.0
 _SETTLE_SECONDS = 2.0
 _SESSION_SERVICE = "session_service"
@@ -43,7 +44,9 @@ async def running(state: State) -> AsyncIterator[None]:
     try:
         yield
     finally:
+        await state.conversing.starts.stop()
         await state.turns.stop()
+        await state.conversing.runs.stop()
         await state.summaries.stop()
         for task in beside:
             task.cancel()
@@ -71,6 +74,14 @@ def _chores(state: State) -> list[Chore]:
         Chore("given_back_reservations", GIVE_BACK_SECONDS, state.key_limits.give_back),
         Chore("idempotency", _OLD_SECONDS, state.idempotency.sweep),
         Chore("gone_relays", _OLD_SECONDS, partial(account_use.keep_gone, state.database)),
+    ]
+
+
+def _conversation_chores(state: State) -> list[Chore]:
+    return [
+        Chore("conversations_watched", _USE_SECONDS, state.conversing.live.look),
+        Chore("start_tasks", start_tasks.RENEW_SECONDS, state.conversing.starts.renew),
+        Chore("stranded_runs", runs.SWEEP_SECONDS, state.conversing.runs.sweep),
     ]
 
 
@@ -104,8 +115,11 @@ async def _open(state: State) -> None:
         "relay_session_pool": state.session_pool.refresh,
         "relay_session_pool_current": state.session_pool.refresh,
     }
-    changes = Changes(url, state.database.schema, readers)
-    await asyncio.gather(changes.run(), upkeep.keep(_chores(state)))
+    changes = Changes(url, state.database.schema, readers, state.conversing.live)
+    # It calls session_service, which may take its time: by itself.
+    notes = Chore("conversation_notes", _NOTES_SECONDS, state.conversing.log.take_notes)
+    chores = [_chores(state), _conversation_chores(state), [notes]]
+    await asyncio.gather(changes.run(), *map(upkeep.keep, chores))
 
 
 async def _watch(state: State) -> None:

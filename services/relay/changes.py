@@ -13,6 +13,7 @@ from typing import Any, Final
 import asyncpg
 import structlog
 
+from services.relay.live import Live
 from shared.errors import Unavailable
 
 log = structlog.get_logger(__name__)
@@ -28,13 +29,14 @@ Read = Callable[[], Awaitable[None]]
 class Changes:
     """Listens on the channel that the tables' triggers notify: `relay_` and the schema's name.
 
-    `readers` are called by the name of the table that has changed.
+    `readers` are called by the name of the table that has changed. `live` hears of single conversations.
     """
 
-    def __init__(self, url: str, schema: str, readers: Mapping[str, Read]) -> None:
+    def __init__(self, url: str, schema: str, readers: Mapping[str, Read], live: Live) -> None:
         self._url = url
         self._channel = f"relay_{schema}"
         self._readers = readers
+        self._live = live
         self._changed = {table: asyncio.Event() for table in readers}
         self._heard = asyncio.Event()
         self._is_hearing = False
@@ -113,6 +115,8 @@ class Changes:
             self._heard.set()
         elif payload in self._readers:
             self._changed[str(payload)].set()
+        else:
+            self._live.heard(str(payload))
 
     def _on_end(self, _connection: Any) -> None:
         """Does not wait for the next try to find out that nothing is heard any more."""
@@ -122,3 +126,4 @@ class Changes:
     def _read_all(self) -> None:
         for changed in self._changed.values():
             changed.set()
+        self._live.wake_all()

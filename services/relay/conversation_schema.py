@@ -21,7 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSON, JSONB, TIMESTAMP
 
-from services.relay.schema import metadata
+from services.relay.schema import metadata as metadata
 
 relay_conversations = Table(
     "relay_conversations",
@@ -109,9 +109,7 @@ relay_conversation_events = Table(
         name="relay_conversation_events_conversation_fkey",
         ondelete="CASCADE",
     ),
-    CheckConstraint(
-        "kind IN ('message', 'state', 'error', 'other')", name="relay_conversation_events_kind_check"
-    ),
+    CheckConstraint("kind IN ('message', 'state', 'error', 'other')", name="relay_conversation_events_kind_check"),
     CheckConstraint("source IN ('agent', 'user', 'environment')", name="relay_conversation_events_source_check"),
     CheckConstraint("kind = 'message' OR NOT is_pending", name="relay_conversation_events_is_pending_check"),
     Index("relay_conversation_events_pending_idx", "conversation_id", "seq", postgresql_where=text("is_pending")),
@@ -143,9 +141,7 @@ relay_start_tasks = Table(
     CheckConstraint("(status = 'READY') = (app_conversation_id IS NOT NULL)", name="relay_start_tasks_ready_check"),
     Index("relay_start_tasks_by_created_at_idx", "user_id", "created_at", "id"),
     Index("relay_start_tasks_by_updated_at_idx", "user_id", "updated_at", "id"),
-    Index(
-        "relay_start_tasks_open_idx", "expires_at", postgresql_where=text("status NOT IN ('READY', 'ERROR')")
-    ),
+    Index("relay_start_tasks_open_idx", "expires_at", postgresql_where=text("status NOT IN ('READY', 'ERROR')")),
 )
 
 relay_feedback = Table(

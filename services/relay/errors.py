@@ -120,6 +120,49 @@ class SessionNotPooled(RelayError):
     default_detail = "No session of the session pool has this id"
 
 
+class ConversationNotFound(RelayError):
+    status = 404
+    code = "conversation_not_found"
+    default_detail = "Conversation not found"
+
+
+class SandboxNotFound(RelayError):
+    status = 404
+    code = "sandbox_not_found"
+    default_detail = "Sandbox not found"
+
+
+class WrongRuntimeKey(RelayError):
+    status = 401
+    code = "wrong_runtime_key"
+    default_detail = "Missing or wrong key of the conversation (X-Session-API-Key)"
+
+
+class BadConversationId(RelayError):
+    """An id in a path that no conversation can have."""
+
+    status = 400
+    code = "bad_conversation_id"
+
+
+class RunInProgress(RelayError):
+    status = 409
+    code = "run_in_progress"
+    default_detail = "The conversation is running already"
+
+
+class ConversationArchived(RelayError):
+    status = 409
+    code = "conversation_archived"
+    default_detail = "The conversation's session has ended; it can be read, and not go on"
+
+
+class NoPlace(RelayError):
+    status = 429
+    code = "no_place"
+    default_detail = "As many of your conversations are running as may; pause one, or come back later"
+
+
 class HistoryConflict(RelayError):
     status = 409
     code = "history_conflict"
@@ -208,7 +251,7 @@ def claude_status(error: ServiceError) -> int:
 
 def claude_body(error: ServiceError, request_id: str) -> dict[str, Any]:
     """The error as the Claude Messages API writes it."""
-    told = {"type": claude_type(claude_status(error)), "message": _message(error)}
+    told = {"type": claude_type(claude_status(error)), "message": message_of(error)}
     return {"type": "error", "error": told, "request_id": request_id}
 
 
@@ -216,7 +259,8 @@ def claude_type(status: int) -> str:
     return _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
 
 
-def _message(error: ServiceError) -> str:
+def message_of(error: ServiceError) -> str:
+    """The error in one line for people."""
     if isinstance(error.detail, str):
         return error.detail
     return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.detail)

@@ -27,6 +27,7 @@ from services.relay.assembly import storable
 from services.relay.errors import HistoryConflict, InvalidRequest
 from services.relay.idempotency import Earlier
 from services.relay.replays import rewind_for
+from services.relay.request import ClaudeRequest, Continuation
 from services.relay.session_ids import Choice, keeps_rules
 from services.relay.settings import RelaySettings
 from shared import wire
@@ -98,7 +99,10 @@ class Array:
     holds_answers: bool
 
     @classmethod
-    def of(cls, messages: list[dict[str, Any]]) -> "Array":
+    def of(cls, request: ClaudeRequest) -> "Array":
+        if request.continuation is not None:
+            return cls([], [], list(request.continuation.prefill), holds_answers=False)
+        messages = request.messages
         count = len(messages)
         while messages[count - 1]["role"] == "assistant":
             count -= 1
@@ -234,12 +238,13 @@ class Opening:
     choice: Choice
     array: Array
     wishes: Wishes
+    continuation: Continuation | None = None
     earlier: Earlier | None = None
     announce: Callable[[SessionKey, str], Awaitable[None]] | None = None
 
     @property
     def is_whole(self) -> bool:
-        return self.choice.kind != "named" or self.array.holds_answers
+        return self.choice.kind in {"implied", "fresh"} or self.array.holds_answers
 
 
 async def open_turn(sessions: SessionClient, opening: Opening, *, wait_seconds: float) -> Opened:
@@ -276,11 +281,15 @@ async def open_turn(sessions: SessionClient, opening: Opening, *, wait_seconds: 
         except (SessionExists, VersionMismatch, SessionNotActive) as error:
             # Somebody else wrote since it was looked at, or it has ended: what is to be done is another thing now.
             log.info("history_moved", code=error.code)
+            if opening.continuation is not None:
+                raise
             await _revive_if_ended(sessions, key, wishes)
     raise TurnInProgress("Other requests keep changing this session", retry_after_seconds=_BUSY_SECONDS)
 
 
 async def _plan(sessions: SessionClient, opening: Opening) -> _Plan:
+    if (continued := opening.continuation) is not None:
+        return _Plan([], rewind_to_seq=continued.rewind_to_seq, version=continued.version)
     if opening.is_whole and opening.choice.kind != "fresh":
         return await _lined_up(sessions, opening.key, opening.array, opening.wishes.on_conflict)
     new = opening.array.messages

@@ -89,7 +89,7 @@ def anonymous(user_id: str) -> Key:
     """Stands for callers without a key, as one user; it is no row, and has no limits but this."""
     nothing: dict[str, Any] = dict.fromkeys(Key.__dataclass_fields__)
     given = {"id": ANONYMOUS_ID, "user_id": user_id, "name": user_id, "prefix": "", "created_at": datetime.now(UTC)}
-    return Key(**{**nothing, **USUAL, **given, "permissions": ["chat"]})
+    return Key(**{**nothing, **USUAL, **given, "permissions": ["chat", "conversations"]})
 
 
 _COLUMNS: Final = tuple(table.c[name] for name in Key.__dataclass_fields__)

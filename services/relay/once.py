@@ -97,7 +97,7 @@ async def _answered_before(parts: Parts, user_id: str, once: Once, request: Clau
         return None
     session = SessionKey(user_id, once.earlier.session_id)
     await parts.spool.settle(session)
-    prefill = Array.of(request.messages).prefill
+    prefill = Array.of(request).prefill
     message = await replays.earlier_answer(parts.sessions, user_id, once.earlier, prefill=prefill)
     if message is None:
         return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from services.relay.admission import Admission
 from services.relay.affinity import Affinity
 from services.relay.attempts import Asking
+from services.relay.event_log import EventLog
 from services.relay.idempotency import Idempotency
 from services.relay.key_limits import KeyLimits
 from services.relay.keys import Key
@@ -60,4 +61,5 @@ class Parts:
     key_limits: KeyLimits
     session_pool: SessionPool
     summaries: Summaries
+    event_log: EventLog
     lines: Lines = field(default_factory=Lines)

@@ -18,7 +18,12 @@ def upstream_body(request: ClaudeRequest, opened: Opened | None) -> dict[str, An
     """The body for upstream; the client's own where nothing stored belongs before it."""
     if opened is None or opened.is_whole or _stands_alone(opened):
         return request.body
-    messages = _with_new(opened, request.messages)
+    if request.continuation is not None:
+        messages = request.continuation.enriched(opened.turn.context.messages)
+        if opened.prefill:
+            messages = [*messages, {"role": "assistant", "content": opened.prefill}]
+    else:
+        messages = _with_new(opened, request.messages)
     body = {**request.body, "messages": messages}
     if stored := opened.turn.context.system:
         body["system"] = _joined_system(request.body.get("system"), stored)
@@ -28,6 +33,8 @@ def upstream_body(request: ClaudeRequest, opened: Opened | None) -> dict[str, An
 
 def _stands_alone(opened: Opened) -> bool:
     """Whether the context holds nothing but this turn's own messages."""
+    if not opened.turn.messages:
+        return False
     first_new = opened.turn.messages[0].seq
     included = opened.turn.context.receipt.included
     return not opened.turn.session.session_summary and all(start >= first_new for start, _ in included)

@@ -7,7 +7,7 @@ not the relay's own. What upstream alone can judge is left to upstream.
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -22,11 +22,27 @@ _MAY_OVERFLOW: Final = re.compile(rb"[0-9][eE]\+?[0-9]{2}|[0-9]{300}")
 
 
 @dataclass(frozen=True, slots=True)
+class Continuation:
+    """A turn that brings no message: what is stored already asks.
+
+    What comes after `rewind_to_seq` is taken back before, if the session has this `version` still. `prefill` is the
+    answer's given beginning; `enriched` adds to the context's messages what goes upstream with them.
+    """
+
+    session_id: str
+    version: int
+    rewind_to_seq: int | None = None
+    prefill: tuple[dict[str, Any], ...] = ()
+    enriched: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda messages: messages
+
+
+@dataclass(frozen=True, slots=True)
 class ClaudeRequest:
-    """`session_id` is what stood in metadata.session_id."""
+    """`session_id` is what stood in metadata.session_id; with a `continuation` the body's messages are empty."""
 
     body: dict[str, Any]
     session_id: str | None
+    continuation: Continuation | None = None
 
     @property
     def model(self) -> str:

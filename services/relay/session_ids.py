@@ -32,16 +32,20 @@ _RULES: Final[TypeAdapter[str]] = TypeAdapter(values.SessionId)
 class Choice:
     """`named` by the caller, `implied` by what its client sends anyway, or `fresh`: made here for this request.
 
+    `bound` is that of a conversation, which goes on in it and in no other.
+
     `agent_id` names the part of the client that speaks, when it is not the main one.
     """
 
     session_id: str
-    kind: Literal["named", "implied", "fresh"]
+    kind: Literal["named", "implied", "fresh", "bound"]
     agent_id: str | None = None
 
 
 def choose(request: ClaudeRequest, headers: Mapping[str, str]) -> Choice | None:
     """The session of this request; None when it wants none. Raises InvalidRequest naming where the id stood."""
+    if request.continuation is not None:
+        return Choice(request.continuation.session_id, "bound")
     in_header = decoded(headers.get(HEADER, ""))
     if in_header == NO_SESSION:
         return None

@@ -43,6 +43,11 @@ class RelaySettings(SharedSettings):
         (), description="Origins of web pages that may call, * for all; empty: those on this machine in dev and test"
     )
 
+    relay_public_url: str = Field("", description="Where clients reach this relay; empty: where their request came to")
+    relay_max_running_conversations: int = Field(5, ge=1, description="Conversations of a user that run at once")
+    relay_start_wait_seconds: float = Field(120, gt=0, description="How long a conversation's start waits for a place")
+    relay_stuck_seconds: float = Field(300, gt=0, description="A run without a byte from upstream for so long is stuck")
+
     relay_admin_token: SecretStr = SecretStr("")
     relay_key_pepper: SecretStr = SecretStr("")
     relay_encryption_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split_csv)] = Field(

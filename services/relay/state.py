@@ -7,6 +7,7 @@ from services.relay.admission import Admission
 from services.relay.affinity import Affinity
 from services.relay.attempts import Asking
 from services.relay.callers import Callers
+from services.relay.conversing import Conversing
 from services.relay.development import Secrets
 from services.relay.idempotency import Idempotency
 from services.relay.key_limits import KeyLimits
@@ -56,6 +57,7 @@ class State:
     affinity: Affinity
     idempotency: Idempotency
     turns: Turns
+    conversing: Conversing
     is_ready: bool = False
 
     @property

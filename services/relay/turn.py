@@ -42,6 +42,7 @@ from services.relay.replays import Kept
 from services.relay.request import ClaudeRequest
 from services.relay.session_ids import Choice
 from services.relay.spending import Bill
+from services.relay.spool import Persisted
 from services.relay.upstream import MESSAGES_PATH, UpstreamAnswer, UpstreamRequest
 from shared.errors import Internal, ServiceError, Unavailable
 
@@ -65,6 +66,10 @@ class Turn:
         self._has_left = False
         self.kept: Kept | None = None
         """What the store has of the turn, or will have once it hears of it."""
+        self.persisted: Persisted = "none"
+        self.outcome = "rejected"
+        self.failure: dict[str, Any] | None = None
+        """Type and message of what went wrong."""
         self.task = asyncio.create_task(self._run())
 
     @property
@@ -86,19 +91,22 @@ class Turn:
     # ── the order ───────────────────────────────────────────────────────────────────────────────
 
     async def _run(self) -> None:
-        outcome = "rejected"
         try:
             async with self._interruption.watched():
                 await self._entry.begin()
-            outcome = await self._serve()
+            self.outcome = await self._serve()
         except ServiceError as error:
-            self._delivery.fail(error)
+            self._fail(error)
         except Exception:
             log.exception("turn_fault")
-            self._delivery.fail(Internal())
+            self._fail(Internal())
         finally:
             self._delivery.pipe.close()
-            self._parts.metrics.turns.labels(outcome).inc()
+            self._parts.metrics.turns.labels(self.outcome).inc()
+
+    def _fail(self, error: ServiceError) -> None:
+        self.failure = {"type": error.code, "message": error.detail}
+        self._delivery.fail(error)
 
     async def _serve(self) -> str:
         """Runs the turn and gives its outcome; raises a ServiceError for what ends it before upstream is asked."""
@@ -129,7 +137,7 @@ class Turn:
         parts = self._parts
         choice = began.in_session(choice) if began else choice
         wishes = history.Wishes.of(self._caller.headers, parts.settings)
-        array = history.Array.of(self._request.messages)
+        array = history.Array.of(self._request)
         key = await history.session_of(parts.sessions, self._caller.key.user_id, choice, array)
         deadline = monotonic() + wishes.wait_seconds
         async with AsyncExitStack() as held:
@@ -137,7 +145,7 @@ class Turn:
                 await held.enter_async_context(parts.lines.place(key, wait_seconds=wishes.wait_seconds))
                 await held.enter_async_context(self._entry.place())
             await parts.spool.settle(key)
-            opening = history.Opening(key, choice, array, wishes)
+            opening = history.Opening(key, choice, array, wishes, self._request.continuation)
             if began is not None:
                 opening = replace(opening, earlier=began.earlier, announce=began.opening)
             opened = await self._opened(opening, wait_seconds=max(0.0, deadline - monotonic()))
@@ -189,15 +197,19 @@ class Turn:
 
     async def _end(self, ended: Ended, opened: Opened | None, began: Once | None) -> None:
         """Keeps what came of the turn, then lets the client have the end of it."""
+        if ended.answer.error is not None:
+            told = ended.error.detail if ended.error else "The request was refused"
+            self.failure = {"message": told, **ended.answer.error}
         prefill = opened.prefill if opened else []
         lease_token = opened.turn.lease_token if opened else ""
         completed = answers.completion(ended.answer, lease_token=lease_token, prefill=prefill, body=self._body)
-        persisted = "none"
+        persisted: Persisted = "none"
         if opened is not None:
             place = (opened.key, opened.turn.turn_id)
-            persisted = await self._parts.spool.complete(*place, completed)
+            self.persisted = persisted = await self._parts.spool.complete(*place, completed)
             if persisted != "none":
                 self.kept = Kept.of(opened.turn.session, completed)
+            self._parts.event_log.note(opened.key)
         self._parts.metrics.count_tokens(completed.model, completed.usage)
         self._parts.metrics.count_cost(completed.model, completed.cost_usd)
         await self._bill.settle(spending.of(completed))

@@ -219,7 +219,7 @@ def part(model: Any, **fields: Any) -> Any:
 
 def opened(new: list[dict[str, Any]], stored: list[dict[str, Any]], *, included: list[tuple[int, int]]) -> Opened:
     """An opened turn whose context is `stored`; its own messages have the seqs 11, 12 …"""
-    array = Array.of(new)
+    array = Array.of(request.ClaudeRequest({"messages": new}, None))
     receipt = part(wire.Receipt, included=included)
     context = part(wire.Context, system="", messages=stored, receipt=receipt)
     messages = [part(wire.Message, seq=11 + place, role=each.role) for place, each in enumerate(array.messages)]

@@ -1,0 +1,199 @@
+"""Conversations of one relay, all parts of them together, and what they look like to their clients.
+
+Its one invariant: whoever is shown a conversation is its user, or has its runtime key.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from services.relay import conversations, keys, runtime_keys
+from services.relay.chat import ANONYMOUS
+from services.relay.conversations import Conversation, SandboxStatus
+from services.relay.errors import NotPermitted, UnknownKey
+from services.relay.event_log import EventLog
+from services.relay.keys import ANONYMOUS_ID, Key
+from services.relay.live import Live
+from services.relay.posting import Posting
+from services.relay.runs import Runs
+from services.relay.starting import Starts
+from shared import wire
+from shared.database import Database
+from shared.errors import SessionArchived, SessionNotFound
+from shared.session_client import SessionClient
+
+_AT_ONCE: Final = 8
+_V0_STATUS: Final = {
+    "RUNNING": "RUNNING",
+    "STARTING": "STARTING",
+    "PAUSED": "STOPPED",
+    "ERROR": "ERROR",
+    "MISSING": "ARCHIVED",
+}
+
+
+@dataclass(slots=True, eq=False)
+class Conversing:
+    """What the routes of both APIs work with."""
+
+    database: Database
+    sessions: SessionClient
+    live: Live
+    log: EventLog
+    runs: Runs
+    posting: Posting
+    starts: Starts
+    pepper: str
+    connections: Counter[str] = field(default_factory=Counter)
+
+    async def by_runtime_key(self, secret: str) -> Conversation | None:
+        return await conversations.by_key_hash(self.database, runtime_keys.digest(self.pepper, secret))
+
+    def secret_of(self, conversation: Conversation) -> str:
+        return runtime_keys.secret_of(self.pepper, conversation.id, conversation.runtime_nonce)
+
+    async def session_of(self, conversation: Conversation) -> wire.Session | None:
+        try:
+            return await self.sessions.get_session(conversation.session)
+        except SessionNotFound:
+            return None
+
+    async def sessions_of(self, found: Sequence[Conversation]) -> dict[str, wire.Session | None]:
+        """The stored sessions by the conversations' ids; None for one that was erased."""
+        some = asyncio.Semaphore(_AT_ONCE)
+
+        async def one(conversation: Conversation) -> tuple[str, wire.Session | None]:
+            async with some:
+                return conversation.id, await self.session_of(conversation)
+
+        return dict(await asyncio.gather(*(one(each) for each in found)))
+
+    async def remove(self, conversation: Conversation) -> None:
+        """Stops it, ends its session, and removes it with its events."""
+        await self.runs.pause(conversation.id)
+        with suppress(SessionNotFound, SessionArchived):
+            await self.sessions.end_session(conversation.session)
+        await conversations.delete(self.database, conversation.user_id, conversation.id)
+
+    # ── shown ───────────────────────────────────────────────────────────────────────────────────
+
+    async def apps(self, user_id: str, found: Sequence[Conversation], base_url: str) -> list[dict[str, Any]]:
+        """Conversations as the V1 API shows them."""
+        sessions = await self.sessions_of(found)
+        children = await conversations.children(self.database, user_id, [each.id for each in found])
+        return [self._app(each, sessions[each.id], children[each.id], base_url) for each in found]
+
+    def _app(
+        self, each: Conversation, session: wire.Session | None, children: list[str], base_url: str
+    ) -> dict[str, Any]:
+        status = sandbox_status(each, session)
+        is_running = status == "RUNNING"
+        return {
+            "id": each.id,
+            "created_by_user_id": each.user_id,
+            "sandbox_id": each.sandbox_id,
+            "selected_repository": each.selected_repository,
+            "selected_branch": each.selected_branch,
+            "git_provider": each.git_provider,
+            "title": each.shown_title,
+            "trigger": each.trigger,
+            "pr_number": each.pr_number,
+            "llm_model": each.llm_model,
+            "metrics": _metrics(session),
+            "parent_conversation_id": each.parent_id,
+            "sub_conversation_ids": children,
+            "created_at": each.created_at,
+            "updated_at": each.updated_at,
+            "sandbox_status": status,
+            "execution_status": each.execution_status if is_running else None,
+            "conversation_url": url_of(base_url, each) if is_running else None,
+            "session_api_key": self.secret_of(each) if is_running else None,
+            "session_id": each.session_id,
+        }
+
+    async def infos(self, user_id: str, found: Sequence[Conversation], base_url: str) -> list[dict[str, Any]]:
+        """Conversations as the V0 API shows them."""
+        sessions = await self.sessions_of(found)
+        children = await conversations.children(self.database, user_id, [each.id for each in found])
+        return [self._info(each, sessions[each.id], children[each.id], base_url) for each in found]
+
+    def _info(
+        self, each: Conversation, session: wire.Session | None, children: list[str], base_url: str
+    ) -> dict[str, Any]:
+        status = sandbox_status(each, session)
+        is_running = status == "RUNNING"
+        runtime_status = "STATUS$ERROR" if each.execution_status in {"error", "stuck"} else "STATUS$READY"
+        return {
+            "conversation_id": each.id,
+            "title": each.shown_title,
+            "last_updated_at": each.updated_at,
+            "status": v0_status(status),
+            "runtime_status": runtime_status if is_running else None,
+            "selected_repository": each.selected_repository,
+            "selected_branch": each.selected_branch,
+            "git_provider": each.git_provider,
+            "trigger": each.trigger,
+            "num_connections": self.connections[each.id],
+            "url": url_of(base_url, each) if is_running else None,
+            "session_api_key": self.secret_of(each) if is_running else None,
+            "created_at": each.created_at,
+            "pr_number": each.pr_number,
+            "conversation_version": each.api,
+            "sub_conversation_ids": children,
+        }
+
+    async def sandbox(self, found: Sequence[Conversation], base_url: str) -> dict[str, Any]:
+        """The sandbox of these conversations, as the V1 API shows it."""
+        first = found[0]
+        status = sandbox_status(first, await self.session_of(first))
+        is_running = status == "RUNNING"
+        return {
+            "id": first.sandbox_id,
+            "created_by_user_id": first.user_id,
+            "sandbox_spec_id": "relay",
+            "status": status,
+            "session_api_key": self.secret_of(first) if is_running else None,
+            "exposed_urls": [{"name": "AGENT_SERVER", "url": base_url}] if is_running else None,
+            "created_at": first.created_at,
+        }
+
+
+def sandbox_status(conversation: Conversation, session: wire.Session | None) -> SandboxStatus:
+    """The stored status; MISSING when the session was ended or erased."""
+    if conversation.sandbox_status in {"RUNNING", "PAUSED"} and (session is None or not session.is_active):
+        return "MISSING"
+    return conversation.sandbox_status
+
+
+def v0_status(status: SandboxStatus) -> str:
+    return _V0_STATUS[status]
+
+
+def url_of(base_url: str, conversation: Conversation) -> str:
+    return f"{base_url}/api/conversations/{conversation.id}"
+
+
+def _metrics(session: wire.Session | None) -> dict[str, Any] | None:
+    if session is None:
+        return None
+    return {"accumulated_cost": session.total_cost, "accumulated_tokens": session.total_tokens}
+
+
+async def key_of(database: Database, conversation: Conversation) -> Key:
+    """The API key that made the conversation, whose limits its runs count against.
+
+    Raises UnknownKey when it is no longer good, NotPermitted for a model that it may not ask.
+    """
+    if conversation.key_id == ANONYMOUS_ID:
+        return keys.anonymous(ANONYMOUS)
+    key = await keys.get(database, conversation.key_id)
+    is_over = key.expires_at is not None and key.expires_at <= datetime.now(UTC)
+    if not key.is_active or key.deleted_at is not None or is_over:
+        raise UnknownKey("The API key that made the conversation is no longer valid")
+    if conversation.llm_model and not key.may_ask(conversation.llm_model):
+        raise NotPermitted("model: the API key may not ask this one")
+    return key

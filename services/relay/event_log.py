@@ -1,0 +1,174 @@
+"""A conversation's session and its events, kept together: messages that came by any door become events of it.
+
+Its one invariant: every visible message of the session that `catch_up` has seen is one event, in the order of the
+messages, under the message's id; what was taken back in the session is marked so.
+"""
+
+import asyncio
+import textwrap
+from contextlib import suppress
+from time import monotonic
+from typing import Any, Final
+
+import structlog
+from pydantic import ValidationError
+
+from services.relay import conversations, events
+from services.relay.conversations import Conversation
+from services.relay.event_frames import blocks_of, parts_of
+from services.relay.events import NewEvent, Source
+from shared import wire
+from shared.canonical import speaker
+from shared.database import Conn, Database
+from shared.errors import ServiceError, SessionNotFound, TurnInProgress, Unavailable, ValidationFailed
+from shared.session_client import SessionClient, SessionKey
+
+log = structlog.get_logger(__name__)
+
+_PAGE: Final = 200
+_BUSY_SECONDS: Final = 60.0
+_LOOK_SECONDS: Final = 0.3
+_TITLE_CHARACTERS: Final = 50
+_SOURCES: Final[dict[str, Source]] = {"user": "user", "assistant": "agent"}
+
+
+class EventLog:
+    """Takes sessions' messages into the events of their conversations."""
+
+    def __init__(self, database: Database, sessions: SessionClient) -> None:
+        self._database = database
+        self._sessions = sessions
+        self._told: set[SessionKey] = set()
+
+    def note(self, key: SessionKey) -> None:
+        """A turn has changed this session, which may be a conversation's."""
+        self._told.add(key)
+
+    async def take_notes(self) -> None:
+        """Catches up with the conversations whose sessions were noted; raises DatabaseUnavailable."""
+        if not self._told:
+            return
+        told, self._told = self._told, set()
+        try:
+            found = await conversations.by_sessions(self._database, list(told))
+        except Unavailable:
+            self._told |= told
+            raise
+        for conversation in found:
+            try:
+                await self.settle(conversation)
+            except Unavailable:
+                self._told.add(conversation.session)
+            except ServiceError as error:
+                log.warning("conversation_not_caught_up", conversation=conversation.id, code=error.code)
+
+    async def settle(self, conversation: Conversation) -> wire.Session | None:
+        """As `catch_up`; and what waits is delivered, if the conversation does not run and its session is free."""
+        session = await self.catch_up(conversation)
+        if not conversation.is_running and session is not None and session.is_active:
+            with suppress(TurnInProgress):
+                if await self.deliver(conversation, wait_seconds=0):
+                    return await self.catch_up(conversation)
+        return session
+
+    async def deliver(self, conversation: Conversation, *, wait_seconds: float = _BUSY_SECONDS) -> bool:
+        """Stores the messages that wait; whether there were any. Waits so long while another turn has the session.
+
+        Raises TurnInProgress, and what else session_service says.
+        """
+        waiting = await events.pending(self._database, conversation.id)
+        until = monotonic() + wait_seconds
+        for event in waiting:
+            message = new_message(event.id, event.payload)
+            while True:
+                try:
+                    await self._sessions.append_message(conversation.session, message)
+                except TurnInProgress:
+                    if monotonic() >= until:
+                        raise
+                    await asyncio.sleep(_LOOK_SECONDS)
+                else:
+                    break
+        return bool(waiting)
+
+    async def catch_up(self, conversation: Conversation) -> wire.Session | None:
+        """Takes in what is new; gives the session, None where there is none. Raises what session_service says."""
+        key = conversation.session
+        try:
+            session = await self._sessions.get_session(key)
+            if session.version == conversation.logged_version:
+                return session
+            new = await self._after(key, conversation.logged_seq)
+        except SessionNotFound:
+            return None
+        count, logged_seq = await self._database.transact(
+            lambda conn: _take_in(conn, conversation.id, new, session.version)
+        )
+        if count != session.message_count:
+            # The events do not hold as many messages as are visible: those that are not are marked.
+            visible = [message for message in await self._after(key, 0) if message.seq <= logged_seq]
+            await self._database.transact(lambda conn: _mark(conn, conversation.id, visible, logged_seq))
+        if conversation.title is None and any(speaker(message.role) == "assistant" for message in new):
+            await self._name(conversation, new)
+        return session
+
+    async def _name(self, conversation: Conversation, new: list[wire.Message]) -> None:
+        """After the first answer a conversation is called by what was said first."""
+        if conversation.logged_seq:
+            new = (await self._sessions.list_messages(conversation.session, page_size=_PAGE)).messages
+        first = next((message.content for message in new if message.role == "user"), "")
+        if title := textwrap.shorten(first, _TITLE_CHARACTERS, placeholder="…") or first.strip()[:_TITLE_CHARACTERS]:
+            await conversations.name(self._database, conversation.id, title)
+
+    async def _after(self, key: SessionKey, seq: int) -> list[wire.Message]:
+        """The visible messages after this seq."""
+        found: list[wire.Message] = []
+        while True:
+            page = await self._sessions.list_messages(key, after_seq=seq, limit=_PAGE)
+            found += page.messages
+            if len(page.messages) < _PAGE:
+                return found
+            seq = page.messages[-1].seq
+            await asyncio.sleep(0)
+
+
+async def _take_in(conn: Conn, conversation_id: str, new: list[wire.Message], version: int) -> tuple[int, int]:
+    """Gives the number of visible messages among the events, and the seq up to which they are there."""
+    row = await conversations.lock(conn, conversation_id)
+    unseen = [message for message in new if message.seq > row.logged_seq]
+    known = await conn.rows(events.KNOWN, id=row.id, event_ids=[message.message_id for message in unseen])
+    waited = {each["id"] for each in known}
+    if waited:
+        await conn.rows(events.ARRIVED, id=row.id, event_ids=list(waited))
+    await events.append(conn, row.id, [_event(message) for message in unseen if message.message_id not in waited])
+    count = row.logged_count + len(unseen)
+    seq = max((message.seq for message in unseen), default=row.logged_seq)
+    await conn.rows(conversations.LOGGED, id=row.id, version=max(version, row.logged_version), seq=seq, count=count)
+    return count, seq
+
+
+async def _mark(conn: Conn, conversation_id: str, visible: list[wire.Message], logged_seq: int) -> None:
+    """Marks the messages that are not among the visible ones up to this seq, unless others have gone on since."""
+    row = await conversations.lock(conn, conversation_id)
+    if row.logged_seq == logged_seq:
+        await conn.rows(events.SUPERSEDE, id=row.id, kept_ids=[message.message_id for message in visible])
+        logged = {"version": row.logged_version, "seq": logged_seq, "count": len(visible)}
+        await conn.rows(conversations.LOGGED, id=row.id, **logged)
+
+
+def new_message(message_id: str, payload: dict[str, Any]) -> wire.NewMessage:
+    """The session's message of an event; raises ValidationFailed for what no session can hold."""
+    blocks = blocks_of(payload["content"])
+    texts = [block["text"] for block in blocks if block["type"] == "text"]
+    content = texts[0] if len(blocks) == len(texts) == 1 else blocks
+    try:
+        return wire.NewMessage.model_validate({"role": payload["role"], "content": content, "message_id": message_id})
+    except ValidationError as error:
+        raise ValidationFailed.at("body", "content", msg=error.errors()[0]["msg"]) from None
+
+
+def _event(message: wire.Message) -> NewEvent:
+    role = speaker(message.role)
+    payload = {"role": role, "content": parts_of(message.content, message.content_blocks)}
+    source = _SOURCES.get(role, "environment")
+    return NewEvent("message", source, payload, id=message.message_id, created_at=message.created_at)
