@@ -1,5 +1,6 @@
 """What the relay's tests share beside tests/conftest.py: the test upstream, a relay in front of it, chats."""
 
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, asynccontextmanager
 from functools import partial
@@ -12,7 +13,8 @@ import pytest
 import pytest_asyncio
 
 from tests.processes import Process, ServiceProcess
-from tests.relay.calls import Chat, client_of, rest_account, start_relay, upstream_settings
+from tests.relay.calls import Chat, admin_headers, client_of, rest_account, start_relay, upstream_settings
+from tests.relay.conversing import User
 from tests.relay.stage import Operator, operating
 from tests.upstream.client import TestUpstream
 
@@ -70,6 +72,35 @@ async def http(relay: Process, data_dir: Path) -> AsyncIterator[httpx.AsyncClien
 def chat(http: httpx.AsyncClient, sessions: httpx.AsyncClient, upstream: TestUpstream) -> Chat:
     """A session that no other test knows."""
     return Chat(http, sessions)
+
+
+MakeUser = Callable[..., Awaitable[User]]
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def make_user(
+    relay: Process, data_dir: Path, sessions: httpx.AsyncClient, upstream: TestUpstream
+) -> AsyncIterator[MakeUser]:
+    """Makes users with API keys of their own, with these fields; at the shared relay, or at another one."""
+    async with AsyncExitStack() as opened:
+
+        async def make(at: Process = relay, folder: Path = data_dir, **fields: Any) -> User:
+            user_id = f"user-{uuid.uuid4().hex[:12]}"
+            async with httpx.AsyncClient(base_url=at.url, trust_env=False, headers=admin_headers(folder)) as admin:
+                body = {"name": user_id, "userId": user_id, **fields}
+                made = (await admin.post("/admin/api-keys", json=body)).json()["data"]
+            client = httpx.AsyncClient(
+                base_url=at.url, headers={"x-api-key": made["apiKey"]}, timeout=30, trust_env=False
+            )
+            return User(await opened.enter_async_context(client), sessions, user_id, made["id"])
+
+        yield make
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def caller(make_user: MakeUser) -> User:
+    """A user that no other test knows, at the shared relay."""
+    return await make_user()
 
 
 MakeRelay = Callable[..., Process]
