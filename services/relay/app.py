@@ -96,6 +96,7 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
         *(conversations_v1, conversations_v0, runtime, sockets),
     ):
         app.include_router(routes.router)
+    app.include_router(runtime.either)
     describe(app)
     _allow_pages(app, settings)
     app.add_exception_handler(ServiceError, on_service_error)

@@ -18,7 +18,6 @@ from services.relay.sse import Splitter
 from services.relay.upstream import encode_body
 from shared import values
 
-ANONYMOUS: Final = "anonymous"
 _LAST_RESORT: Final = "claude-sonnet-4-5"
 _MESSAGE_CHARACTERS: Final = 2**20
 _UNTOLD: Final = {"type": "api_error", "message": "The upstream failed to answer"}

@@ -140,7 +140,7 @@ DELETE = sa.delete(table).where(this, _own).returning(table.c.id)
 
 # One of a user's conversations at a time takes or gives up a place among those that run.
 LOCK_USER = select(func.pg_advisory_xact_lock(func.hashtextextended(bindparam("user_id", type_=sa.Text), 7101)))
-_holds_place = table.c.sandbox_status.in_(("STARTING", "RUNNING"))
+_holds_place: ColumnElement[bool] = literal_column("sandbox_status IN ('STARTING', 'RUNNING')")
 PLACES = (
     select(table.c.id, table.c.run_id, table.c.sandbox_status)
     .where(_own, _holds_place, table.c.id != bindparam("id"))

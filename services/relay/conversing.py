@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from services.relay import conversations, keys, runtime_keys
-from services.relay.chat import ANONYMOUS
 from services.relay.conversations import Conversation, SandboxStatus
 from services.relay.errors import NotPermitted, UnknownKey
 from services.relay.event_log import EventLog
@@ -189,7 +188,7 @@ async def key_of(database: Database, conversation: Conversation) -> Key:
     Raises UnknownKey when it is no longer good, NotPermitted for a model that it may not ask.
     """
     if conversation.key_id == ANONYMOUS_ID:
-        return keys.anonymous(ANONYMOUS)
+        return keys.anonymous(ANONYMOUS_ID)
     key = await keys.get(database, conversation.key_id)
     is_over = key.expires_at is not None and key.expires_at <= datetime.now(UTC)
     if not key.is_active or key.deleted_at is not None or is_over:

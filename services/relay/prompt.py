@@ -19,9 +19,9 @@ def upstream_body(request: ClaudeRequest, opened: Opened | None) -> dict[str, An
     if opened is None or opened.is_whole or _stands_alone(opened):
         return request.body
     if request.continuation is not None:
-        messages = request.continuation.enriched(opened.turn.context.messages)
+        messages = list(request.continuation.enriched(opened.turn.context.messages))
         if opened.prefill:
-            messages = [*messages, {"role": "assistant", "content": opened.prefill}]
+            messages.append({"role": "assistant", "content": opened.prefill})
     else:
         messages = _with_new(opened, request.messages)
     body = {**request.body, "messages": messages}

@@ -198,7 +198,7 @@ class Run:
         parts, settings = self._parts, self._parts.settings
         key = await parts.key_of(conversation)
         body: dict[str, Any] = {
-            "model": conversation.llm_model or chat.default_model(parts.pool, settings.relay_chat_model),
+            "model": conversation.llm_model or chat.default_model(parts.pool, settings.relay_chat_model, key),
             "max_tokens": settings.relay_default_max_tokens,
             "messages": [],
             "stream": True,

@@ -31,7 +31,6 @@ SortOrder = Literal["CREATED_AT", "CREATED_AT_DESC", "UPDATED_AT", "UPDATED_AT_D
 
 LEASE_SECONDS: Final = 10.0
 RENEW_SECONDS: Final = 2.0
-_FINAL: Final = ("READY", "ERROR")
 _NOW = func.statement_timestamp()
 _SECOND: ColumnElement[Any] = literal_column("interval '1 second'")
 _LEASE = _NOW + sa.literal_column(str(LEASE_SECONDS)) * _SECOND
@@ -55,6 +54,7 @@ class StartTask:
 
 
 _COLUMNS: Final = tuple(table.c[name] for name in StartTask.__dataclass_fields__)
+_open: ColumnElement[bool] = literal_column("status NOT IN ('READY', 'ERROR')")
 _own = table.c.user_id == bindparam("user_id")
 _moment = TIMESTAMP(timezone=True)
 
@@ -75,23 +75,21 @@ _told = {
 }
 ADVANCE = (
     sa.update(table)
-    .where(table.c.id == bindparam("id"), table.c.status.not_in(_FINAL))
+    .where(table.c.id == bindparam("id"), _open)
     .values(status=bindparam("status"), **_told, expires_at=_LEASE, updated_at=_NOW)
     .returning(*_COLUMNS)
 )
 RENEW = (
     sa.update(table)
-    .where(table.c.id == func.any(bindparam("ids", type_=ARRAY(sa.Text))), table.c.status.not_in(_FINAL))
+    .where(table.c.id == func.any(bindparam("ids", type_=ARRAY(sa.Text))), _open)
     .values(expires_at=_LEASE)
 )
-STRANDED = select(table.c.id, table.c.conversation_id, table.c.expires_at).where(
-    table.c.status.not_in(_FINAL), table.c.expires_at < _NOW
-)
+STRANDED = select(table.c.id, table.c.conversation_id, table.c.expires_at).where(_open, table.c.expires_at < _NOW)
 GIVE_UP = (
     sa.update(table)
     .where(
         table.c.id == bindparam("id"),
-        table.c.status.not_in(_FINAL),
+        _open,
         table.c.expires_at == bindparam("expires_at", type_=_moment),
     )
     .values(status="ERROR", detail=bindparam("detail"), updated_at=_NOW)

@@ -146,7 +146,9 @@ class Conversation:
     async def answered(self, value: str) -> Json:
         """Says something, and waits for the end of the run."""
         await self.say(value)
-        return await self.until_status("finished", "error")
+        app = await self.until_status("finished", "error")
+        assert app["execution_status"] == "finished", (await self.events())[-2:]
+        return app
 
     async def stored(self, **params: Any) -> list[tuple[str, str]]:
         """Role and text of the session's visible messages."""

@@ -7,13 +7,12 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from services.relay import chat, replays
-from services.relay.callers import shows_nothing
-from services.relay.chat import ANONYMOUS, ChatMessage, Translation
+from services.relay.chat import ChatMessage, Translation
 from services.relay.errors import NotPermitted
-from services.relay.keys import Key, anonymous
+from services.relay.keys import Key
 from services.relay.parts import Caller, Reply
 from services.relay.pipe import Pipe
-from services.relay.routes.parameters import AppState, KeyedRoute, SessionId, caller_with
+from services.relay.routes.parameters import AppState, KeyedRoute, SessionId, caller_or_anonymous
 from services.relay.routes.rendering import request_id_of
 from services.relay.routes.replies import Begun, EventStream, begun
 from services.relay.session_ids import decoded
@@ -28,15 +27,7 @@ from shared.session_client import SessionKey
 _PING: Final = b": ping\n\n"
 _DELETED: Final = "会话已删除"
 _PASSED_HEADERS: Final = ("idempotency-key", "x-session-busy", "x-session-store")
-_keyed = caller_with("chat")
-
-
-async def _caller_key(request: Request, state: AppState) -> Key:
-    """The caller's key; where the settings allow it, none is needed, but a wrong one is refused all the same."""
-    state.require_ready()
-    if state.settings.serves_anonymous_chat and shows_nothing(request.headers):
-        return anonymous(ANONYMOUS)
-    return await _keyed(request, state)
+_caller_key = caller_or_anonymous("chat")
 
 
 class ChatRoute(KeyedRoute):

@@ -5,31 +5,30 @@ Its one invariant: a user sees the user's own conversations only, and a runtime 
 
 import base64
 import binascii
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
-from typing import Annotated, Final
+from typing import Annotated, Any, Final, cast
 from urllib.parse import unquote_to_bytes
 
-from fastapi import Depends, Path, Query, Request
+from fastapi import Depends, Path, Query, Request, Response
 from pydantic import AfterValidator
 from starlette.types import Scope
 
 from services.relay import conversations
-from services.relay.callers import presented
-from services.relay.chat import ANONYMOUS
 from services.relay.conversation_input import Uuid, hex_of
 from services.relay.conversations import Conversation
 from services.relay.conversing import Conversing
 from services.relay.errors import BadConversationId, ConversationNotFound, WrongRuntimeKey
-from services.relay.keys import Key, anonymous
-from services.relay.routes.parameters import AppState, caller_with
+from services.relay.keys import Key
+from services.relay.routes.parameters import AppState, KeyedRoute, caller_or_anonymous
 from services.relay.state import State
 from shared.errors import ValidationFailed
+from shared.strict_route import StrictRoute
 
 RUNTIME_KEY: Final = "x-session-api-key"
 _PREFIX: Final = (b"", b"api", b"conversations")
 _ID_CHARACTERS: Final = 100
-_keyed = caller_with("conversations")
+_user = caller_or_anonymous("conversations")
 
 
 def _aware(moment: datetime) -> datetime:
@@ -40,14 +39,6 @@ Moment = Annotated[datetime | None, AfterValidator(lambda value: value and _awar
 Ids = Annotated[list[Uuid], Query(min_length=1, max_length=100)]
 Limit = Annotated[int, Query(ge=1, le=100)]
 PageId = Annotated[str | None, Query(max_length=200)]
-
-
-async def _user(request: Request, state: AppState) -> Key:
-    """The caller's key; in development none is needed, but a wrong one is refused all the same."""
-    state.require_ready()
-    if state.settings.serves_anonymous_chat and presented(request.headers) is None:
-        return anonymous(ANONYMOUS)
-    return await _keyed(request, state)
 
 
 UserKey = Annotated[Key, Depends(_user)]
@@ -94,7 +85,8 @@ async def by_runtime_key(state: State, conversation_id: str, secret: str | None)
 
 async def _at_runtime(id: Annotated[str, Path()], request: Request, state: AppState) -> Conversation:  # noqa: A002
     state.require_ready()
-    return await by_runtime_key(state, id, request.headers.get(RUNTIME_KEY))
+    found: Conversation | None = getattr(request.state, "conversation", None)  # a route has asked already
+    return found or await by_runtime_key(state, id, request.headers.get(RUNTIME_KEY))
 
 
 async def _either(id: Annotated[str, Path()], request: Request, state: AppState) -> Conversation:  # noqa: A002
@@ -107,6 +99,8 @@ async def _either(id: Annotated[str, Path()], request: Request, state: AppState)
 async def _keyed_conversation(request: Request, state: AppState) -> Conversation:
     """The conversation that the runtime key names."""
     state.require_ready()
+    if (asked := getattr(request.state, "conversation", None)) is not None:
+        return cast("Conversation", asked)
     secret = request.headers.get(RUNTIME_KEY)
     found = await state.conversing.by_runtime_key(secret) if secret else None
     if found is None:
@@ -118,6 +112,38 @@ Owned = Annotated[Conversation, Depends(_owned)]
 AtRuntime = Annotated[Conversation, Depends(_at_runtime)]
 Either = Annotated[Conversation, Depends(_either)]
 Keyed = Annotated[Conversation, Depends(_keyed_conversation)]
+
+
+class UserRoute(KeyedRoute):
+    """Knows its user before it looks at the body."""
+
+    async def find(self, request: Request, state: State) -> Key:
+        return await _user(request, state)
+
+
+class RuntimeRoute(StrictRoute):
+    """Knows the conversation before it looks at the body, by its key; with `takes_users` a user's login does too."""
+
+    takes_users = False
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            state: State = request.app.state.relay
+            if self.takes_users and RUNTIME_KEY not in request.headers:
+                request.state.key = await _user(request, state)
+            elif "id" in request.path_params:
+                request.state.conversation = await _at_runtime(request.path_params["id"], request, state)
+            else:
+                request.state.conversation = await _keyed_conversation(request, state)
+            return await handle(request)
+
+        return guarded
+
+
+class EitherRoute(RuntimeRoute):
+    takes_users = True
 
 
 def base_url(request: Request, state: State) -> str:

@@ -16,6 +16,7 @@ from services.relay.events import Event
 from services.relay.routes.conversation_access import (
     Conversations,
     Either,
+    EitherRoute,
     Limit,
     Owned,
     PageId,
@@ -28,9 +29,8 @@ from services.relay.routes.parameters import AppState
 from services.relay.starting import Wish
 from services.relay.state import State
 from shared.door import answer
-from shared.strict_route import StrictRoute
 
-router = APIRouter(prefix="/api/conversations", tags=["conversations V0"], route_class=StrictRoute)
+router = APIRouter(prefix="/api/conversations", tags=["conversations V0"], route_class=EitherRoute)
 
 _START_SECONDS: Final = 10.0
 _PAGE: Final = 500
@@ -55,7 +55,7 @@ class Feedback(BaseModel):
 async def create_conversation(request: Request, state: AppState, key: UserKey, wish: V0Start | None = None) -> Response:
     """A conversation, started; it answers the first message, if there is one."""
     wish = wish or V0Start()
-    model = chat.default_model(state.pool, state.settings.relay_chat_model)
+    model = chat.default_model(state.pool, state.settings.relay_chat_model, key)
     if not key.may_ask(model):
         raise NotPermitted("model: the API key may not ask this one")
     values = {

@@ -19,6 +19,7 @@ from services.relay.routes.conversation_access import (
     Moment,
     PageId,
     UserKey,
+    UserRoute,
     base_url,
     owned,
     page_id_of,
@@ -30,9 +31,8 @@ from services.relay.starting import Steps, Wish
 from services.relay.state import State
 from shared.door import answer
 from shared.json import dumps
-from shared.strict_route import StrictRoute
 
-router = APIRouter(prefix="/api/v1", tags=["conversations V1"], route_class=StrictRoute)
+router = APIRouter(prefix="/api/v1", tags=["conversations V1"], route_class=UserRoute)
 
 _HIDDEN = ("conversation_id", "user_id")
 _SUCCESS = {"success": True}
@@ -65,7 +65,7 @@ async def stream_start(request: Request, state: AppState, key: UserKey, wish: St
 async def _begun(request: Request, state: State, key: Key, wish: StartRequest) -> tuple[StartTask, Steps]:
     if wish.parent_conversation_id and await owned(state, key, wish.parent_conversation_id) is None:
         raise ConversationNotFound("Parent conversation not found")
-    model = wish.llm_model or chat.default_model(state.pool, state.settings.relay_chat_model)
+    model = wish.llm_model or chat.default_model(state.pool, state.settings.relay_chat_model, key)
     if not key.may_ask(model):
         raise NotPermitted("llm_model: the API key may not ask this one")
     values = {

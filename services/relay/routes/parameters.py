@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Path, Request, Response
 
-from services.relay.callers import presented
+from services.relay.callers import presented, shows_nothing
 from services.relay.errors import NotPermitted
-from services.relay.keys import Key, Permission
+from services.relay.keys import ANONYMOUS_ID, Key, Permission, anonymous
 from services.relay.state import State
 from shared import values
 from shared.strict_route import StrictRoute
@@ -35,6 +35,19 @@ def caller_with(permission: Permission | None) -> FindKey:
         if permission is not None and not key.may(permission):
             raise NotPermitted(f"The API key has no permission for {permission}")
         return key
+
+    return key_of
+
+
+def caller_or_anonymous(permission: Permission) -> FindKey:
+    """As `caller_with`; where the settings allow it no key is needed, but a wrong one is refused all the same."""
+    keyed = caller_with(permission)
+
+    async def key_of(request: Request, state: AppState) -> Key:
+        state.require_ready()
+        if state.settings.serves_anonymous_chat and shows_nothing(request.headers):
+            return anonymous(ANONYMOUS_ID)
+        return await keyed(request, state)
 
     return key_of
 

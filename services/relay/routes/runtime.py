@@ -6,13 +6,14 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 
 from services.relay.conversation_input import Confirmation, UserMessage
-from services.relay.routes.conversation_access import AtRuntime, Conversations, Either, Keyed
+from services.relay.routes.conversation_access import AtRuntime, Conversations, Either, EitherRoute, Keyed, RuntimeRoute
 from shared import json
 from shared.door import answer
 from shared.errors import ValidationFailed
-from shared.strict_route import StrictRoute, validation_failed
+from shared.strict_route import validation_failed
 
-router = APIRouter(prefix="/api", tags=["conversations at run time"], route_class=StrictRoute)
+router = APIRouter(prefix="/api", tags=["conversations at run time"], route_class=RuntimeRoute)
+either = APIRouter(prefix="/api", tags=["conversations at run time"], route_class=EitherRoute)
 
 _SUCCESS: Final = {"success": True}
 _PAUSING: Final = frozenset({"paused", "stopped"})
@@ -32,7 +33,7 @@ async def run(conversation: AtRuntime, all_: Conversations) -> Response:
     return answer(_SUCCESS)
 
 
-@router.post("/conversations/{id}/events")
+@either.post("/conversations/{id}/events")
 async def add_event(conversation: Either, request: Request, all_: Conversations) -> Response:
     """A message of the user, or an event of the V0 API: a message, a change of the agent's state, or any other."""
     body = json.parse(await request.body())
