@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from services.relay import conversations, keys, runtime_keys
 from services.relay.conversations import Conversation, SandboxStatus
-from services.relay.errors import NotPermitted, UnknownKey
+from services.relay.errors import ConversationArchived, NotPermitted, UnknownKey
 from services.relay.event_log import EventLog
 from services.relay.keys import ANONYMOUS_ID, Key
 from services.relay.live import Live
@@ -70,6 +70,11 @@ class Conversing:
                 return conversation.id, await self.session_of(conversation)
 
         return dict(await asyncio.gather(*(one(each) for each in found)))
+
+    async def require_there(self, conversation: Conversation) -> None:
+        """Raises ConversationArchived for one whose session was ended or erased."""
+        if sandbox_status(conversation, await self.session_of(conversation)) == "MISSING":
+            raise ConversationArchived
 
     async def remove(self, conversation: Conversation) -> None:
         """Stops it, ends its session, and removes it with its events."""

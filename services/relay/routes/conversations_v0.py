@@ -10,7 +10,7 @@ from services.relay import chat, conversations, events
 from services.relay.conversation_input import NewTitle, V0Message, V0Start
 from services.relay.conversations import Filter
 from services.relay.conversing import sandbox_status, v0_status
-from services.relay.errors import ConversationArchived, InvalidRequest, NotPermitted, RelayError
+from services.relay.errors import InvalidRequest, NotPermitted, RelayError
 from services.relay.event_frames import v0
 from services.relay.events import Event
 from services.relay.routes.conversation_access import (
@@ -127,9 +127,7 @@ async def delete_conversation(id: AnyId, state: AppState, key: UserKey) -> Respo
 @router.post("/{id}/start")
 async def start_conversation(conversation: Owned, state: AppState, _: ProvidersSet | None = None) -> Response:
     """Makes the conversation ready to go on."""
-    status = sandbox_status(conversation, await state.conversing.session_of(conversation))
-    if status == "MISSING":
-        raise ConversationArchived
+    await state.conversing.require_there(conversation)
     await state.conversing.runs.resume_sandbox(conversation)
     return answer(_told(conversation.id, None, "RUNNING"))
 

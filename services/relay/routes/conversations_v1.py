@@ -241,6 +241,7 @@ async def pause_sandbox(sandbox_id: SandboxId, state: AppState, key: UserKey) ->
 async def resume_sandbox(sandbox_id: SandboxId, state: AppState, key: UserKey) -> Response:
     """Makes its conversations ready to go on; a run goes on when it is asked to."""
     for each in await _in_sandbox(state, key, sandbox_id):
+        await state.conversing.require_there(each)
         await state.conversing.runs.resume_sandbox(each)
     return answer(_SUCCESS)
 
