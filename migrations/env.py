@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
+import services.relay.attachment_schema  # noqa: F401 - tables of the same metadata
 from services.relay.schema import metadata as relay_metadata
 from services.session_service.schema import metadata as session_metadata
 from shared import embedded_postgres

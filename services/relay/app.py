@@ -12,6 +12,7 @@ from services.relay import development
 from services.relay.account_use import AccountUse
 from services.relay.admission import Admission
 from services.relay.affinity import Affinity
+from services.relay.attachments import Uploads
 from services.relay.attempts import Asking
 from services.relay.beside import running
 from services.relay.callers import Callers
@@ -49,7 +50,7 @@ log = structlog.get_logger(__name__)
 _LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 _EXPOSED_HEADERS = (
     *("X-Session-ID", "X-Turn-Id", "X-Session-Persisted", "X-Relay-Attempts", "Idempotent-Replayed"),
-    *("X-Request-Id", "request-id", "Retry-After", "X-Total-Count"),
+    *("X-Request-Id", "request-id", "Retry-After", "X-Total-Count", "Content-Disposition"),
 )
 
 
@@ -135,6 +136,7 @@ def _state(settings: RelaySettings, database: Database, lifecycle: Lifecycle) ->
         slots=held,
         affinity=affinity,
         idempotency=records,
+        uploads=Uploads(database),
         turns=Turns(parts),
     )
 
