@@ -14,7 +14,9 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from services.relay.conversation_schema import metadata as relay_metadata
+import services.relay.attachment_schema
+import services.relay.conversation_schema  # noqa: F401 - tables of the same metadata
+from services.relay.schema import metadata as relay_metadata
 from services.session_service.schema import metadata as session_metadata
 from shared import embedded_postgres
 from shared.service import read_settings

@@ -1,8 +1,6 @@
 """The app: its parts put together, and its routes."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request, Response
@@ -16,10 +14,10 @@ from services.relay import development
 from services.relay.account_use import AccountUse
 from services.relay.admission import Admission
 from services.relay.affinity import Affinity
+from services.relay.attachments import Uploads
 from services.relay.attempts import Asking
 from services.relay.beside import running
 from services.relay.callers import Callers
-from services.relay.conversations import Conversation
 from services.relay.conversing import Conversing, key_of
 from services.relay.event_log import EventLog
 from services.relay.idempotency import Idempotency
@@ -37,6 +35,7 @@ from services.relay.routes import (
     claude,
     conversations_v0,
     conversations_v1,
+    files,
     front,
     health,
     runtime,
@@ -76,7 +75,7 @@ log = structlog.get_logger(__name__)
 _LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 _EXPOSED_HEADERS = (
     *("X-Session-ID", "X-Turn-Id", "X-Session-Persisted", "X-Relay-Attempts", "Idempotent-Replayed"),
-    *("X-Request-Id", "request-id", "Retry-After", "X-Total-Count"),
+    *("X-Request-Id", "request-id", "Retry-After", "X-Total-Count", "Content-Disposition"),
 )
 
 
@@ -93,7 +92,7 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
     app.state.limits = None
     for routes in (
         *(claude, chat, accounts, api_keys, session_pool, sessions, turns, health, front),
-        *(conversations_v1, conversations_v0, runtime, sockets),
+        *(conversations_v1, conversations_v0, runtime, files, sockets),
     ):
         app.include_router(routes.router)
     app.include_router(runtime.either)
@@ -171,6 +170,7 @@ def _state(settings: RelaySettings, database: Database, lifecycle: Lifecycle) ->
         idempotency=records,
         turns=turns,
         conversing=_conversing(parts, turns, database, secrets.pepper),
+        uploads=Uploads(database),
     )
 
 
@@ -178,11 +178,7 @@ def _conversing(parts: Parts, turns: Turns, database: Database, pepper: str) -> 
     settings, sessions, log = parts.settings, parts.sessions, parts.event_log
     live, pool = Live(database), parts.asking.pool
     most = settings.relay_max_running_conversations
-
-    async def enriching(_: Conversation) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
-        return lambda messages: messages
-
-    run_parts = RunParts(settings, database, sessions, turns, pool, live, log, partial(key_of, database), enriching)
+    run_parts = RunParts(settings, database, sessions, turns, pool, live, log, partial(key_of, database))
     runs = Runs(database, live, log, run_parts, most)
     posting = Posting(database, sessions, log, runs)
     starts = Starts(

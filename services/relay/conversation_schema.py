@@ -21,7 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSON, JSONB, TIMESTAMP
 
-from services.relay.schema import metadata as metadata
+from services.relay.schema import metadata
 
 relay_conversations = Table(
     "relay_conversations",

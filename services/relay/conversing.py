@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from services.relay import conversations, keys, runtime_keys
+from services.relay import attachments, conversations, keys, runtime_keys
 from services.relay.conversations import Conversation, SandboxStatus
 from services.relay.errors import ConversationArchived, NotPermitted, UnknownKey
 from services.relay.event_log import EventLog
@@ -21,7 +21,7 @@ from services.relay.posting import Posting
 from services.relay.runs import Runs
 from services.relay.starting import Starts
 from shared import wire
-from shared.database import Database
+from shared.database import Conn, Database
 from shared.errors import SessionArchived, SessionNotFound
 from shared.session_client import SessionClient
 
@@ -77,11 +77,11 @@ class Conversing:
             raise ConversationArchived
 
     async def remove(self, conversation: Conversation) -> None:
-        """Stops it, ends its session, and removes it with its events."""
+        """Stops it, ends its session, and removes it with its events and files."""
         await self.runs.pause(conversation.id)
         with suppress(SessionNotFound, SessionArchived):
             await self.sessions.end_session(conversation.session)
-        await conversations.delete(self.database, conversation.user_id, conversation.id)
+        await self.database.transact(lambda conn: _delete(conn, conversation))
 
     # ── shown ───────────────────────────────────────────────────────────────────────────────────
 
@@ -164,6 +164,11 @@ class Conversing:
             "exposed_urls": [{"name": "AGENT_SERVER", "url": base_url}] if is_running else None,
             "created_at": first.created_at,
         }
+
+
+async def _delete(conn: Conn, conversation: Conversation) -> None:
+    await attachments.delete_all(conn, conversation.session)
+    await conversations.delete(conn, conversation.user_id, conversation.id)
 
 
 def sandbox_status(conversation: Conversation, session: wire.Session | None) -> SandboxStatus:

@@ -12,6 +12,9 @@
         ├── AccountNotFound 404
         ├── AccountExists 409
         ├── SessionNotPooled 404        no session of the session pool has the id
+        ├── AttachmentNotFound 404      the session has no file of this path
+        ├── FileTooLarge 413            one file is over its limit
+        ├── SessionFilesFull 413        the session's files together would be over theirs
         ├── HistoryConflict 409         X-Session-Conflict: reject
         ├── SummaryOutdated 409         what was summarised has been taken back, or summarised by another
         ├── TooManyRequests 429         the relay itself is full
@@ -161,6 +164,22 @@ class NoPlace(RelayError):
     status = 429
     code = "no_place"
     default_detail = "As many of your conversations are running as may; pause one, or come back later"
+
+
+class AttachmentNotFound(RelayError):
+    status = 404
+    code = "attachment_not_found"
+    default_detail = "path: no file of this session has it"
+
+
+class FileTooLarge(RelayError):
+    status = 413
+    code = "file_too_large"
+
+
+class SessionFilesFull(RelayError):
+    status = 413
+    code = "session_files_full"
 
 
 class HistoryConflict(RelayError):

@@ -19,7 +19,7 @@ def upstream_body(request: ClaudeRequest, opened: Opened | None) -> dict[str, An
     if opened is None or opened.is_whole or _stands_alone(opened):
         return request.body
     if request.continuation is not None:
-        messages = list(request.continuation.enriched(opened.turn.context.messages))
+        messages = list(opened.turn.context.messages)
         if opened.prefill:
             messages.append({"role": "assistant", "content": opened.prefill})
     else:

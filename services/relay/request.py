@@ -7,7 +7,7 @@ not the relay's own. What upstream alone can judge is left to upstream.
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -31,9 +31,9 @@ class Continuation:
 
     session_id: str
     version: int
+    enriched: Callable[[list[dict[str, Any]]], Awaitable[list[dict[str, Any]]]]
     rewind_to_seq: int | None = None
     prefill: tuple[dict[str, Any], ...] = ()
-    enriched: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda messages: messages
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,14 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import Any, Final, Literal
 
 import structlog
 from uuid_utils import uuid7
 
-from services.relay import chat, conversations, events
+from services.relay import chat, conversations, events, mentions
 from services.relay.conversations import Conversation, ExecutionStatus
 from services.relay.errors import ConversationArchived, ConversationNotFound
 from services.relay.event_log import EventLog
@@ -52,7 +53,7 @@ Block = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class RunParts:
-    """What every run works with. `enriching` gives what puts named files into a conversation's messages."""
+    """What every run works with."""
 
     settings: RelaySettings
     database: Database
@@ -62,7 +63,6 @@ class RunParts:
     live: Live
     log: EventLog
     key_of: Callable[[Conversation], Awaitable[Key]]
-    enriching: Callable[[Conversation], Awaitable[Callable[[list[Block]], list[Block]]]]
 
 
 class Run:
@@ -172,7 +172,7 @@ class Run:
         if continued.prefill and outcome == "refused" and not self._is_pausing:
             # Not every model takes a given beginning; what came of the earlier one has been taken back by now.
             session = await self._parts.sessions.get_session(conversation.session)
-            again = Continuation(continued.session_id, session.version, enriched=continued.enriched)
+            again = Continuation(continued.session_id, session.version, continued.enriched)
             outcome = await self._ask(conversation, again)
         return outcome
 
@@ -183,16 +183,16 @@ class Run:
         last = next((message for message in newest.messages if message.role != "system"), None)
         if last is None:
             return None
-        enriched = await parts.enriching(conversation)
+        enriched = partial(mentions.with_named, parts.database, key)
         if speaker(last.role) == "user":
-            return Continuation(key.session_id, session.version, enriched=enriched)
+            return Continuation(key.session_id, session.version, enriched)
         turns = (await parts.sessions.list_turns(key, limit=1)).turns
         if not turns or turns[0].status != "interrupted" or turns[0].output_to_seq != last.seq:
             return None
         to_seq = (turns[0].output_from_seq or last.seq) - 1
         if to_seq == 0:
             return None
-        return Continuation(key.session_id, session.version, to_seq, _prefill(last), enriched)
+        return Continuation(key.session_id, session.version, enriched, to_seq, _prefill(last))
 
     async def _ask(self, conversation: Conversation, continued: Continuation) -> str:
         parts, settings = self._parts, self._parts.settings

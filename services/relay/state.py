@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from services.relay.account_use import AccountUse
 from services.relay.admission import Admission
 from services.relay.affinity import Affinity
+from services.relay.attachments import Uploads
 from services.relay.attempts import Asking
 from services.relay.callers import Callers
 from services.relay.conversing import Conversing
@@ -56,6 +57,7 @@ class State:
     slots: Slots
     affinity: Affinity
     idempotency: Idempotency
+    uploads: Uploads
     turns: Turns
     conversing: Conversing
     is_ready: bool = False

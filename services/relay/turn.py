@@ -185,6 +185,8 @@ class Turn:
     async def _answered(self, opened: Opened | None) -> Ended:
         """How asking upstream ended; a fault of ours too is an end that closes the turn."""
         try:
+            if opened is not None and (continued := self._request.continuation) is not None:
+                opened.turn.context.messages = await continued.enriched(opened.turn.context.messages)
             self._body = prompt.upstream_body(self._request, opened)
             if opened is not None:
                 opened.let_go()

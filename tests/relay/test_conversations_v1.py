@@ -308,7 +308,7 @@ async def test_what_upstream_refuses_ends_the_run_with_an_error(caller: User, up
     assert "no such thing" in failed[0]["message"]
 
     async def has_answered() -> bool:
-        return (await mine.app())["execution_status"] == "finished"
+        return bool((await mine.app())["execution_status"] == "finished")
 
     await mine.say("Again")
     await until(has_answered)

@@ -13,6 +13,7 @@ from services.relay.conversing import sandbox_status, v0_status
 from services.relay.errors import InvalidRequest, NotPermitted, RelayError
 from services.relay.event_frames import v0
 from services.relay.events import Event
+from services.relay.routes import files
 from services.relay.routes.conversation_access import (
     Conversations,
     Either,
@@ -25,6 +26,7 @@ from services.relay.routes.conversation_access import (
     owned,
 )
 from services.relay.routes.conversations_v1 import page_of
+from services.relay.routes.multipart import files_of
 from services.relay.routes.parameters import AppState
 from services.relay.starting import Wish
 from services.relay.state import State
@@ -193,6 +195,22 @@ async def add_message(conversation: Either, said: V0Message, all_: Conversations
     """A message of the user, which is answered."""
     await all_.posting.post(conversation, [{"type": "text", "text": said.message}], run=True)
     return answer({"success": True})
+
+
+# ── files ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@router.get("/{id}/list-files")
+async def get_files(conversation: Either, state: AppState, path: Annotated[str, Query()] = "") -> Response:
+    """The paths of the files in this folder and below it; of all when it is empty."""
+    return answer(await files.list_files(state.database, conversation.session, path))
+
+
+@router.post("/{id}/upload-files")
+async def upload_files(request: Request, conversation: Either, state: AppState) -> Response:
+    """Stores the body's `files`; says which were taken, and why the others were not."""
+    found = await files_of(request, "files")
+    return answer(await files.upload_files(state.uploads, conversation.session, found))
 
 
 # ── what there is not ───────────────────────────────────────────────────────────────────────────
