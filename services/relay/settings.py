@@ -37,7 +37,7 @@ class RelaySettings(SharedSettings):
 
     relay_chat_model: str = Field("", description="Model of /api/chat; empty: the first that the accounts serve")
     relay_anonymous_chat: bool | None = Field(
-        None, description="Chat without a key, as the user 'anonymous'; empty: in dev and test only"
+        None, description="Chat and conversations without a key, as the user 'anonymous'; empty: in dev and test only"
     )
     relay_cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_csv)] = Field(
         (), description="Origins of web pages that may call, * for all; empty: those on this machine in dev and test"

@@ -74,6 +74,17 @@ def chat(http: httpx.AsyncClient, sessions: httpx.AsyncClient, upstream: TestUps
     return Chat(http, sessions)
 
 
+@asynccontextmanager
+async def user_at(relay: Process, folder: Path, sessions: httpx.AsyncClient, **fields: Any) -> AsyncIterator[User]:
+    """A user that no other test knows, with an API key that has these fields."""
+    user_id = f"user-{uuid.uuid4().hex[:12]}"
+    async with httpx.AsyncClient(base_url=relay.url, trust_env=False, headers=admin_headers(folder)) as admin:
+        made = (await admin.post("/admin/api-keys", json={"name": user_id, "userId": user_id, **fields})).json()["data"]
+    headers = {"x-api-key": made["apiKey"]}
+    async with httpx.AsyncClient(base_url=relay.url, headers=headers, timeout=30, trust_env=False) as http:
+        yield User(http, sessions, user_id, made["id"])
+
+
 MakeUser = Callable[..., Awaitable[User]]
 
 
@@ -81,18 +92,11 @@ MakeUser = Callable[..., Awaitable[User]]
 async def make_user(
     relay: Process, data_dir: Path, sessions: httpx.AsyncClient, upstream: TestUpstream
 ) -> AsyncIterator[MakeUser]:
-    """Makes users with API keys of their own, with these fields; at the shared relay, or at another one."""
+    """Makes users of the shared relay, or of another one."""
     async with AsyncExitStack() as opened:
 
         async def make(at: Process = relay, folder: Path = data_dir, **fields: Any) -> User:
-            user_id = f"user-{uuid.uuid4().hex[:12]}"
-            async with httpx.AsyncClient(base_url=at.url, trust_env=False, headers=admin_headers(folder)) as admin:
-                body = {"name": user_id, "userId": user_id, **fields}
-                made = (await admin.post("/admin/api-keys", json=body)).json()["data"]
-            client = httpx.AsyncClient(
-                base_url=at.url, headers={"x-api-key": made["apiKey"]}, timeout=30, trust_env=False
-            )
-            return User(await opened.enter_async_context(client), sessions, user_id, made["id"])
+            return await opened.enter_async_context(user_at(at, folder, sessions, **fields))
 
         yield make
 
