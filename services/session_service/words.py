@@ -4,7 +4,8 @@ Its one invariant: if a query's words, in their distances, occur in a text's wor
 
 Case and width are folded (NFKC, casefold). Chinese, Japanese and Korean have no blanks between words: every pair of
 neighbouring characters is a word there, so that any two characters or more are found wherever they stand. Places
-count characters in such runs and words elsewhere, and so tell distances in both.
+count characters in such runs and words elsewhere, and so tell distances in both. Words of two scripts that touch each
+other are two words.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import sys
 import unicodedata
 from base64 import b64encode
 from collections.abc import Iterator
+from functools import cache
 from typing import Final, Literal, NamedTuple
 
 SEARCHED_BYTES: Final = 64 * 2**10
@@ -39,6 +41,30 @@ def _marks() -> str:
 
 
 _RUNS: Final = re.compile(rf"(?P<cjk>[{_CJK}]+)|(?P<word>(?:(?![{_CJK}])[^\W_]|[{_marks()}])+)")
+_LETTERS: Final = frozenset({"Lu", "Ll", "Lt", "Lo"})
+
+
+@cache
+def _script(character: str) -> str:
+    """What a letter's name begins with, which is its script; empty for digits and marks, which go with any."""
+    if unicodedata.category(character) not in _LETTERS:
+        return ""
+    return unicodedata.name(character, "").partition(" ")[0]
+
+
+def _words(run: str) -> Iterator[str]:
+    """A run of letters and digits, parted where the script changes."""
+    if run.isascii():
+        yield run
+        return
+    start, script = 0, ""
+    for place, character in enumerate(run):
+        found = _script(character)
+        if found and script and found != script:
+            yield run[start:place]
+            start = place
+        script = found or script
+    yield run[start:]
 
 
 # Characters that show nothing by themselves (variation selectors, joiners, soft hyphens): words go on across them.
@@ -71,8 +97,9 @@ def places(text: str) -> Iterator[Word]:
             yield Word(found[-1], place + len(found) - 1, "end" if len(found) > 1 else "single")
             place += len(found)
         else:
-            yield Word(_short(found), place, "word")
-            place += 1
+            for word in _words(found):
+                yield Word(_short(word), place, "word")
+                place += 1
 
 
 def _short(word: str) -> str:
@@ -145,17 +172,28 @@ def long_patterns(asked: str) -> list[str]:
 
 
 def _pattern(text: str) -> str:
-    runs = [(run.group(), run.lastgroup == "cjk") for run in _RUNS.finditer(text)]
-    if len(runs) == 1 and (not runs[0][1] or len(runs[0][0]) <= 2):
+    pieces = [piece for run in _RUNS.finditer(text) for piece in _pieces(run)]
+    if len(pieces) == 1 and (pieces[0][1] != "cjk" or len(pieces[0][0]) <= 2):
         return ""  # one word: the index has said enough
     pattern = ""
-    for index, (found, is_cjk) in enumerate(runs):
-        if index:
-            pattern += "[^[:alnum:]]" + ("*" if is_cjk or runs[index - 1][1] else "+")
+    before = ""
+    for found, script in pieces:
+        if pattern:  # two words of one script would be one word without something between them
+            pattern += "[^[:alnum:]]" + ("+" if script == before != "cjk" else "*")
         pattern += found
+        before = script
     for folded, either in _UNFOLDED.items():
         pattern = pattern.replace(folded, either)
     return pattern
+
+
+def _pieces(run: re.Match[str]) -> Iterator[tuple[str, str]]:
+    """A run's words, each with its script; a CJK run as a whole."""
+    if run.lastgroup == "cjk":
+        yield run.group(), "cjk"
+    else:
+        for word in _words(run.group()):
+            yield word, next(filter(None, map(_script, word)), "")
 
 
 def find(asked: str, text: str) -> int:

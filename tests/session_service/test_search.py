@@ -39,6 +39,7 @@ MIXED = "我们使用Python写代码，version 2.7.1已经旧了。"
 JAPANESE = "東京タワーへ行きました。コーヒーを飲みます！"
 KOREAN = "안녕하세요, 세계! Kubernetes를 배웁니다."
 ENGLISH = "The quick_brown fox's JUMP over Straße, naïve café — don't stop; e-mail a.b@example.org"
+TOUCHING = "ใช้Python, ПриветWorld2; helloمرحبا λmm"
 CASES: list[tuple[str, str, bool]] = [
     *(
         (MIXED, q, True)
@@ -80,6 +81,11 @@ CASES: list[tuple[str, str, bool]] = [
     *(("한국어 조선말", q, True) for q in ("한국", "한국어", "조선")),
     *(("𠀀𠀁𠀂 ideographs", q, True) for q in ("𠀀𠀁", "𠀁𠀂", "ideographs")),
     *(("ไทยแลนด์ हिन्दी עברית العربية русский", q, True) for q in ("हिन्दी", "עברית", "العربية", "РУССКИЙ")),
+    *(
+        (TOUCHING, q, True)
+        for q in ("Python", "ใช้", "ใช้Python", "привет", "World2", "ПриветWorld2", "مرحبا", '"привет world2"', "λ", "mm")
+    ),
+    *((TOUCHING, q, False) for q in ("Pyth", "World", "2", '"world2 привет"', '"Python привет x"')),
     *(("哈" * 600, q, expected) for q, expected in (("哈哈", True), ("哈" * 200, True), ("哈笑", False))),
 ]
 
@@ -280,7 +286,7 @@ async def test_the_first_64_kib_of_a_message(user: User, db: Db) -> None:
 
 
 async def test_phrases_in_long_texts(user: User, db: Db) -> None:
-    english = "alpha " + "the " * 300 + "omega, gamma. delta " + "word " * 5000 + "Straße beta"
+    english = "alpha " + "the " * 300 + "omega, gamma. delta " + "word " * 5000 + "Straße beta ДаPython"
     chinese = "甲乙" + "字" * 17_000 + "乙丙" + "话" * 100 + "丙丁戊己"
     chat = await written(user, english, chinese)
     await settled(db, user)
@@ -293,9 +299,21 @@ async def test_phrases_in_long_texts(user: User, db: Db) -> None:
         "丁戊己",
         '"straße beta"',
         "话丙丁",
+        "ДаPython",
+        '"beta да python"',
     ):
         assert await found(user, q) == [chat.id], q
-    for q in ('"alpha omega"', '"gamma omega"', '"delta alpha"', "甲乙丙", "乙丙丁", "丁己", '"lpha the"'):
+    for q in (
+        '"alpha omega"',
+        '"gamma omega"',
+        '"delta alpha"',
+        "甲乙丙",
+        "乙丙丁",
+        "丁己",
+        '"lpha the"',
+        "даpytho",
+        '"python да"',
+    ):
         assert await found(user, q) == [], q
 
 
