@@ -65,13 +65,16 @@ UPDATE = (
 DELETE = (
     sa.delete(table).where(_this, table.c.session_id == _written_with_this.c.session_id).returning(table.c.memory_id)
 )
-_newest_first = (table.c.created_at.desc(), table.c.memory_id.desc())
+# An imported copy keeps its memories' ids and times; of such twins the session tells the order.
+_place = (table.c.created_at, table.c.memory_id, table.c.session_id)
+_newest_first = tuple(column.desc() for column in _place)
 NEWEST = select(*COLUMNS).where(mine).order_by(*_newest_first).limit(1)
 
 _after_moment = bindparam("after_moment", type_=TIMESTAMP(timezone=True))
 _after_id = bindparam("after_id", type_=sa.Text)
+_after_session = bindparam("after_session", type_=sa.Text)
 _found = and_(
-    sa.or_(_after_id.is_(None), tuple_(table.c.created_at, table.c.memory_id) < tuple_(_after_moment, _after_id)),
+    sa.or_(_after_id.is_(None), tuple_(*_place) < tuple_(_after_moment, _after_id, _after_session)),
     sa.or_(_type.is_(None), table.c.memory_type == _type),
     sa.or_(
         bindparam("q", type_=sa.Text).is_(None),
@@ -150,7 +153,8 @@ async def list_memories(
     """Memories of one session, or of all of a user's with `session_id` None; newest first."""
     moment, after_id = cursors.decode(cursor, "memories") if cursor else (None, None)
     asked: dict[str, Any] = {"user_id": user_id, "memory_type": memory_type, "q": q, "limit": limit + 1}
-    asked |= {"after_moment": moment, "after_id": after_id}
+    after_session, _, after_memory = (after_id or "").partition("/")  # a session's id has none
+    asked |= {"after_moment": moment, "after_id": after_id and after_memory, "after_session": after_session}
     if session_id is None:
         rows = await conn.rows(LIST_OF_USER, **asked)
     else:
@@ -158,5 +162,5 @@ async def list_memories(
         rows = await conn.rows(LIST, **asked, session_id=session_id)
     memories = [from_row(row) for row in rows[:limit]]
     last = memories[-1] if len(rows) > limit else None
-    next_cursor = cursors.encode("memories", last.created_at, last.memory_id) if last else None
+    next_cursor = cursors.encode("memories", last.created_at, f"{last.session_id}/{last.memory_id}") if last else None
     return wire.MemoryList.model_construct(memories=memories, next_cursor=next_cursor)

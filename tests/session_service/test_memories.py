@@ -5,7 +5,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.session_service.calls import Chat, Json, User, fine, invalid, refused
+from tests.session_service.calls import Chat, Json, User, fine, invalid, new_user_id, refused
+from tests.session_service.creations import exported
+from tests.session_service.exports import taken_back
 
 TYPES = ("preference", "conversation", "entity", "summary", "custom")
 
@@ -89,6 +91,26 @@ async def test_walks(user: User, size: int) -> None:
         assert [each for each in found if each != "meanwhile"] == made
         for each in (await memories(chat, limit=200, q="meanwhile"))["memories"]:
             fine(await chat.call("DELETE", f"/memories/{each['memory_id']}"))
+
+
+async def test_a_walk_over_copies(user: User) -> None:
+    """Memories of an imported copy have the ids and times of those that they were copied from."""
+    chat = await user.chat()
+    for number in range(3):
+        await chat.remember(f"m{number}")
+    file = await exported(chat)
+    for _ in range(2):
+        await taken_back(user, file, session_id=new_user_id())
+    found: list[Json] = []
+    cursor: dict[str, str] = {}
+    while len(found) < 50:
+        listed = fine(await user.http.get(f"/users/{user.id}/memories", params={"limit": "1", **cursor}))
+        found += listed["memories"]
+        if listed["next_cursor"] is None:
+            break
+        cursor = {"cursor": listed["next_cursor"]}
+    assert [each["content"] for each in found] == [f"m{number}" for number in (2, 2, 2, 1, 1, 1, 0, 0, 0)]
+    assert len({(each["session_id"], each["memory_id"]) for each in found}) == 9
 
 
 async def test_changing_a_memory(user: User) -> None:
