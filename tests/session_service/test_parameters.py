@@ -122,7 +122,8 @@ async def test_parts_of_another_session_of_the_same_user_are_not_found_here(user
     assert (await other.call("GET", "/memory")).json() == memory
 
 
-BAD_NUMBERS = ("", "-1", "0", "x", "1.5", "true", "null", "1e1", "99999999999999999999", "%00")
+_NEARLY = ("1.0", "1_0", "%2B1", "%201", "1%20")
+BAD_NUMBERS = (*_NEARLY, "", "-1", "0", "x", "1.5", "true", "null", "1e1", "99999999999999999999", "%00")
 BAD_WORDS = ("", "x", "ACTIVE", "%00", "%FF")
 
 

@@ -9,6 +9,7 @@ from services.session_service.routes.creating import CreatingRoute, Writes, crea
 from services.session_service.routes.parameters import (
     Cursor,
     Db,
+    Integer,
     OtherId,
     SessionId,
     UserId,
@@ -24,7 +25,7 @@ router = APIRouter(route_class=CreatingRoute, tags=["memories"], prefix="/api/v1
 
 Type = Annotated[wire.MemoryType | None, Query()]
 Text = Annotated[values.QueryText | None, Query(description="Contained in the content, in any case")]
-Limit = Annotated[int, Query(ge=1, le=200)]
+Limit = Annotated[Integer, Query(ge=1, le=200)]
 
 
 @router.post(

@@ -11,6 +11,7 @@ from services.session_service.routes.parameters import (
     AppState,
     Db,
     IfMatch,
+    Integer,
     MessageId,
     MessagePageSize,
     Page,
@@ -45,8 +46,8 @@ register_url_convertor("anything", _AnythingConvertor())
 
 router = APIRouter(route_class=CreatingRoute, tags=["messages"], prefix="/api/v1/sessions/{session_id}")
 
-Seq = Annotated[int | None, Query(ge=0, le=2**31 - 1)]
-Limit = Annotated[int, Query(ge=1, le=1000)]
+Seq = Annotated[Integer | None, Query(ge=0, le=2**31 - 1)]
+Limit = Annotated[Integer, Query(ge=1, le=1000)]
 
 
 @router.post(

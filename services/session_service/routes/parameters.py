@@ -4,6 +4,8 @@ import re
 from typing import Annotated, Any, Final
 
 from fastapi import Depends, Header, Path, Query, Request, Response
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
 
 from services.session_service.sessions import IfVersion
 from services.session_service.state import State
@@ -35,6 +37,7 @@ async def _database(request: Request) -> Database:
 AppState = Annotated[State, Depends(_state)]
 Db = Annotated[Database, Depends(_database)]
 
+_INTEGER: Final = re.compile(r"-?[0-9]+")
 _VERSION: Final = re.compile(r'"([0-9]{1,18})"|([0-9]{1,18})')
 
 UserId = Annotated[values.UserId, Query(description="The user whose session it is")]
@@ -43,9 +46,18 @@ SessionId = Annotated[values.SessionId, Path()]
 MessageId = Annotated[values.MessageId, Path()]
 OtherId = Annotated[values.MessageId, Path()]
 
-Page = Annotated[int, Query(ge=1, le=10**9)]
-PageSize = Annotated[int, Query(ge=1, le=100)]
-MessagePageSize = Annotated[int, Query(ge=1, le=1000)]
+
+def _digits(value: Any) -> Any:
+    """An integer is its digits: no `1.0`, `1_0` or ` 1`, as in bodies no float or string is one."""
+    if isinstance(value, str) and not _INTEGER.fullmatch(value):
+        raise PydanticCustomError("int_parsing", "Input should be a valid integer")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_digits)]
+Page = Annotated[Integer, Query(ge=1, le=10**9)]
+PageSize = Annotated[Integer, Query(ge=1, le=100)]
+MessagePageSize = Annotated[Integer, Query(ge=1, le=1000)]
 Cursor = Annotated[str | None, Query(max_length=2048, description="next_cursor of the page before")]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from services.session_service import search
-from services.session_service.routes.parameters import Cursor, Db, UserId, errors
+from services.session_service.routes.parameters import Cursor, Db, Integer, UserId, errors
 from shared import values, wire
 from shared.door import answer
 from shared.errors import ValidationFailed
@@ -19,7 +19,7 @@ async def search_sessions(
     user_id: UserId,
     q: Annotated[values.QueryText, Query(description='Words; "quoted" ones as a phrase')],
     db: Db,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    limit: Annotated[Integer, Query(ge=1, le=100)] = 20,
     cursor: Cursor = None,
 ) -> Response:
     """Sessions whose title, visible messages or memories have all the words; best first."""

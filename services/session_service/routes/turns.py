@@ -11,6 +11,7 @@ from services.session_service.routes.parameters import (
     Cursor,
     Db,
     IfMatch,
+    Integer,
     OtherId,
     SessionId,
     UserId,
@@ -37,7 +38,7 @@ from shared.errors import (
 
 router = APIRouter(route_class=CreatingRoute, tags=["turns"], prefix="/api/v1")
 
-Budget = Annotated[int | None, Query(ge=1, le=2**31 - 1)]
+Budget = Annotated[Integer | None, Query(ge=1, le=2**31 - 1)]
 
 
 @router.post(
@@ -86,7 +87,7 @@ async def list_turns(
     session_id: SessionId,
     user_id: UserId,
     db: Db,
-    limit: Annotated[int, Query(ge=1, le=100)] = 50,
+    limit: Annotated[Integer, Query(ge=1, le=100)] = 50,
     cursor: Cursor = None,
 ) -> Response:
     return answer(await turns.list_turns(db, user_id, session_id, limit=limit, cursor=cursor))
