@@ -76,8 +76,8 @@ REVIVE = (
             "conversation_data": func.coalesce(_conversation_data, table.c.conversation_data),
             "idle_timeout_seconds": func.coalesce(_idle, table.c.idle_timeout_seconds),
             "expires_at": MOMENT + func.coalesce(_idle, table.c.idle_timeout_seconds) * SECOND,
-            # Whoever still held a turn of the earlier generation has lost it.
-            "latest_turn_id": sa.null(),
+            # An answer to what a restart took back has nothing to follow; after a resume it may still come.
+            "latest_turn_id": case((_restarts, sa.null()), else_=table.c.latest_turn_id),
         }
     )
     .returning(*COLUMNS)

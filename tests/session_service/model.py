@@ -52,7 +52,7 @@ class Session:
     messages: list[Message] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     holder: Turn | None = None
-    """The turn opened last, until a revival lets nobody hold the session."""
+    """The turn opened last, until a restart lets nobody hold the session."""
     summary: str = ""
     summary_to_seq: int | None = None
     parent: tuple[str, int] | None = None
@@ -133,7 +133,8 @@ class Session:
             self.supersede(self.first_seq, self.last_seq)
             self.first_seq = self.last_seq + 1
             self.summary, self.summary_to_seq = "", None
-        self.status, self.ended_reason, self.holder = "active", None, None
+            self.holder = None
+        self.status, self.ended_reason = "active", None
         self.generation += 1
         return None
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 
 from tests.processes import ServiceProcess
-from tests.session_service.calls import Db, Json, User, check_counters, fine, refused, said, wait
+from tests.session_service import calls
+from tests.session_service.calls import Chat, Db, Json, User, check_counters, fine, refused, said, wait
 from tests.session_service.machine import OUTCOMES, Compared, Reach, places, priced, texts, ways
 from tests.session_service.model import MILLION, Message, Refusal, Session, Turn
 
@@ -330,13 +331,28 @@ def test_random_histories(reach: Reach) -> None:
 # ── histories that chance seldom hits upon ──────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("if_exists", ["resume", "restart"])
-async def test_an_answer_to_an_earlier_generation(user: User, db: Db, if_exists: str) -> None:
+async def test_an_answer_to_a_question_that_a_resume_kept(user: User, db: Db) -> None:
+    """What was paid for is kept until another turn has taken over."""
     chat = await user.chat()
+    first, second = [await _left_by_its_holder(user, db, chat, "resume") for _ in range(2)]
+    done = await second.complete(said("late", "assistant"))
+    assert (done["turn"]["status"], done["session"]["status"]) == ("completed", "active")
+    assert await chat.contents() == ["q", "q", "late"]
+    refused(await first.finish(said("later", "assistant")), 409, "lease_lost")
+    await check_counters(db, chat)
+
+
+async def _left_by_its_holder(user: User, db: Db, chat: Chat, if_exists: str) -> calls.Turn:
     turn = await chat.open(said("q"))
     await wait(db, chat, 601)
     fine(await chat.end())
     await user.create(session_id=chat.id, if_exists=if_exists)
+    return turn
+
+
+async def test_an_answer_to_an_earlier_generation(user: User, db: Db) -> None:
+    chat = await user.chat()
+    turn = await _left_by_its_holder(user, db, chat, "restart")
     before = await check_counters(db, chat)
     refused(await turn.finish(said("late", "assistant")), 409, "lease_lost")
     assert await check_counters(db, chat) == before
