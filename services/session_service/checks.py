@@ -81,14 +81,18 @@ _turn_of_message = exists().where(
     session_turns.c.session_id == session_messages.c.session_id,
     session_turns.c.turn_id == session_messages.c.turn_id,
 )
-_end_of_turn = or_(
-    session_messages.c.seq == session_turns.c.input_to_seq, session_messages.c.seq == session_turns.c.output_to_seq
-)
-_message_of_turn = exists().where(
-    session_messages.c.user_id == session_turns.c.user_id,
-    session_messages.c.session_id == session_turns.c.session_id,
-    _end_of_turn,
-)
+
+
+def _lacks(seq: Any) -> Any:
+    """Whether the turn says that it has a message of this seq, and there is none."""
+    found = exists().where(
+        session_messages.c.user_id == session_turns.c.user_id,
+        session_messages.c.session_id == session_turns.c.session_id,
+        session_messages.c.seq == seq,
+    )
+    return and_(seq.is_not(None), ~found)
+
+
 ORPHAN_MESSAGES = (
     select(session_messages.c.user_id, session_messages.c.session_id, session_messages.c.seq)
     .where(session_messages.c.turn_id.is_not(None), ~_turn_of_message)
@@ -96,9 +100,7 @@ ORPHAN_MESSAGES = (
 )
 ORPHAN_TURNS = (
     select(session_turns.c.user_id, session_turns.c.session_id, session_turns.c.turn_id)
-    .where(
-        or_(session_turns.c.input_to_seq.is_not(None), session_turns.c.output_to_seq.is_not(None)), ~_message_of_turn
-    )
+    .where(or_(*(_lacks(session_turns.c[f"{end}_to_seq"]) for end in ("input", "output"))))
     .limit(PAGE)
 )
 

@@ -134,6 +134,10 @@ async def test_fsck_finds_and_repairs(make_database: Callable[[], str], scratch:
                 body = {"messages": [{"role": "user", "content": "x", "tokens_used": 2}] * 3}
                 await http.post(f"/sessions/{session_id}/messages/batch", params={"user_id": "u"}, json=body)
             await http.post("/sessions/c/turns", params={"user_id": "u"}, json={"messages": []})
+            turn = {"messages": body["messages"], "create_session": {}}
+            told = (await http.post("/sessions/d/turns", params={"user_id": "u"}, json=turn)).json()
+            done = {"lease_token": told["lease_token"], "status": "completed", "messages": body["messages"]}
+            await http.post(f"/sessions/d/turns/{told['turn_id']}/complete", params={"user_id": "u"}, json=done)
         await _settled(url)
     assert (await asyncio.to_thread(_fsck, url)).returncode == 0
     connection = await asyncpg.connect(url)
@@ -142,6 +146,7 @@ async def test_fsck_finds_and_repairs(make_database: Callable[[], str], scratch:
             "UPDATE dev.sessions SET message_count = 2, total_tokens = 7 WHERE session_id = 'a';"
             "DELETE FROM dev.session_messages WHERE session_id = 'b' AND seq = 2;"
             "UPDATE dev.sessions SET lease_expires_at = NULL WHERE session_id = 'c';"
+            "UPDATE dev.session_turns SET output_to_seq = 7 WHERE session_id = 'd';"
         )
     finally:
         await connection.close()
@@ -152,6 +157,7 @@ async def test_fsck_finds_and_repairs(make_database: Callable[[], str], scratch:
         ("a", "counter differs from its rows"),
         ("b", "gap in the seqs"),
         ("c", "open turn without a lease"),
+        ("d", "turn without its messages"),
     }
     repaired = await asyncio.to_thread(_fsck, url, "--repair")
     assert repaired.returncode == 1  # a gap is nothing that rows could mend
@@ -159,5 +165,6 @@ async def test_fsck_finds_and_repairs(make_database: Callable[[], str], scratch:
     assert left.returncode == 1
     assert {line.split("\t")[2] for line in left.stdout.splitlines()} == {
         "gap in the seqs",
+        "turn without its messages",
         "usage differs from the messages",
     }
