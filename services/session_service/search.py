@@ -6,7 +6,7 @@ Its one invariant: it finds visible messages of this user only; a hit in one pla
 import base64
 import binascii
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import orjson
@@ -137,9 +137,10 @@ class _Place:
     def of(cls, cursor: str) -> "_Place":
         try:
             kind, score, moment, session_id = orjson.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-            if kind == "search" and type(score) is int and isinstance(session_id, str) and "\0" not in session_id:
-                return cls(score, datetime.fromisoformat(moment), session_id)
-        except (binascii.Error, ValueError, TypeError):
+            is_score = type(score) is int and 0 <= score < 2**63
+            if kind == "search" and is_score and isinstance(session_id, str) and "\0" not in session_id:
+                return cls(score, datetime.fromisoformat(moment).astimezone(UTC), session_id)
+        except (binascii.Error, ValueError, TypeError, OverflowError):
             pass
         raise ValidationFailed.at("query", "cursor", msg="Not a cursor of a search")
 

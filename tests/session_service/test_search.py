@@ -1,6 +1,8 @@
 """Search: sessions by their titles, visible messages and memories, best first."""
 
 import asyncio
+import base64
+import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -325,6 +327,10 @@ async def test_queries_that_are_none(user: User, q: str) -> None:
     invalid(await user.http.get("/sessions/search", params=user.params | {"q": q}), "query", "q")
 
 
+def _cursor(*place: object) -> str:
+    return base64.urlsafe_b64encode(json.dumps(place).encode()).decode().rstrip("=")
+
+
 async def test_bad_parameters(user: User, db: Db) -> None:
     invalid(await user.http.get("/sessions/search", params=user.params), "query", "q")
     invalid(await user.http.get("/sessions/search", params={"q": "x"}), "query", "user_id")
@@ -333,7 +339,13 @@ async def test_bad_parameters(user: User, db: Db) -> None:
             await user.http.get("/sessions/search", params=user.params | {"q": "x", "limit": limit}), "query", "limit"
         )
     listing = (await user.http.get("/sessions", params=user.params | {"page_size": 1})).json()["next_cursor"]
-    for cursor in ("x", "e30", "WzFd", "A" * 3000, listing or "bnVsbA"):
+    strange = [
+        _cursor("search", 10**30, "2026-01-01T00:00:00Z", "s"),
+        _cursor("search", -1, "2026-01-01T00:00:00Z", "s"),
+        _cursor("search", 1, "0001-01-01T00:00:00+14:00", "s"),
+        _cursor("search", 1, "2026-01-01T00:00:00Z", "\0"),
+    ]
+    for cursor in ("x", "e30", "WzFd", "A" * 3000, listing or "bnVsbA", *strange):
         params = user.params | {"q": "x", "cursor": cursor}
         invalid(await user.http.get("/sessions/search", params=params), "query", "cursor")
     refused(await user.http.get("/sessions/search", params={"user_id": "a/b", "q": "x"}), 400, "validation_error")

@@ -1,6 +1,7 @@
 """/sessions/stats: totals and usage over time. Declared before /sessions/{session_id}, whose ids exclude `stats`."""
 
-from datetime import UTC, datetime, timedelta
+from contextlib import suppress
+from datetime import MAXYEAR, MINYEAR, UTC, datetime, timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
@@ -45,18 +46,19 @@ async def get_usage(
 ) -> Response:
     """Visible messages, tokens and cost by UTC hour, day or month; empty buckets included."""
     until = _utc("to", until or datetime.now(UTC))
-    since = _utc("from", since) if since else start_of(bucket, _before(until, _DEFAULT_SPAN[bucket]))
+    since = _utc("from", since or start_of(bucket, _before(until, _DEFAULT_SPAN[bucket])))
     if since >= until:
         raise ValidationFailed.at("query", "to", msg="Not later than from")
     return answer(await stats.usage(db, bucket, since, until, user_id))
 
 
 def _utc(name: str, moment: datetime) -> datetime:
-    """A time without an offset is UTC."""
-    try:
-        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    except OverflowError:
-        raise ValidationFailed.at("query", name, msg="Out of the calendar's range") from None
+    """A time without an offset is UTC; the calendar's ends mean "infinity" to the database driver."""
+    with suppress(OverflowError):
+        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+        if MINYEAR < moment.year < MAXYEAR:
+            return moment
+    raise ValidationFailed.at("query", name, msg="Out of the calendar's range")
 
 
 def _before(moment: datetime, span: timedelta) -> datetime:
