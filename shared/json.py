@@ -18,13 +18,15 @@ from shared.errors import ValidationFailed
 
 _MAY_OVERFLOW = re.compile(rb"[0-9][eE]\+?[0-9]{2}|[0-9]{300}")
 _ESCAPED_NUL = b"\\u0000"
+MAX_DEPTH = 180
+"""What is read here is written again some levels deeper in answers, and many parsers, ours too, stop at 200."""
 
 
 def parse(body: bytes | bytearray) -> Any:
     """The value of a UTF-8 JSON text; raises ValidationFailed naming the position or the place.
 
     Refuses what RFC 8259 does not know (NaN, Infinity, a byte order mark) and what cannot be stored:
-    U+0000, lone surrogates, numbers that overflow. Integers keep all their digits.
+    U+0000, lone surrogates, numbers that overflow; and more than MAX_DEPTH levels. Integers keep all their digits.
     """
     try:
         value = from_json(body, allow_inf_nan=False, cache_strings="keys")
@@ -33,7 +35,23 @@ def parse(body: bytes | bytearray) -> Any:
     if _ESCAPED_NUL in body or _MAY_OVERFLOW.search(body):
         for path, problem in _unstorable(value, ()):
             raise ValidationFailed.at("body", *path, msg=problem)
+    # Hardly any text has so many brackets; only those that do are looked at level by level.
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+        fields = value.items() if isinstance(value, dict) else ()
+        place = [name for name, below in fields if _is_deeper(below, MAX_DEPTH - 1)][:1]
+        raise ValidationFailed.at("body", *place, msg=f"Nested more than {MAX_DEPTH} levels deep")
     return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether objects and arrays stand in one another more than so many times."""
+    layer = [value]
+    for _ in range(levels + 1):
+        layer = [each for each in layer if isinstance(each, dict | list)]
+        if not layer:
+            return False
+        layer = [below for each in layer for below in (each.values() if isinstance(each, dict) else each)]
+    return True
 
 
 def _unstorable(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], str]]:

@@ -3,8 +3,11 @@
 from typing import Any
 
 import pytest
+from pydantic_core import from_json
 
-from tests.session_service.calls import Chat, Db, User, check_counters, fine, said
+from tests.session_service.calls import Chat, Db, Json, User, check_counters, fine, invalid, said
+from tests.session_service.creations import exported
+from tests.session_service.exports import taken_back
 from tests.session_service.test_limits import BIG, KIB, OBJECTS, Loc, Room, at, furnished, nested, object_of
 
 GOOD_OBJECTS: dict[str, Any] = {
@@ -192,3 +195,31 @@ async def test_native_of_exactly_one_mebibyte(user: User) -> None:
     chat = await user.chat()
     for native in ("x" * (2**20 - 2), ["😀" * (2**18 - 2) + "xxxx"]):
         assert (await chat.append("x", native=native))["native"] == native
+
+
+def levels(number: int) -> Any:
+    value: Any = "x"
+    for _ in range(number):
+        value = [value]
+    return value
+
+
+async def test_what_is_nested_as_deep_as_can_be_is_given_back_by_every_call(user: User) -> None:
+    """A body has at most 180 levels; answers add some, and what they are read with often takes 200."""
+    chat = await user.chat()
+    block = {"type": "document", "source": {"type": "text", "data": levels(175)}}
+    for native, content in ((levels(180), "x"), (None, [{"type": "document", "source": {"data": levels(177)}}])):
+        name = "content" if native is None else "native"
+        invalid(await chat.post(content, native=native), "body", name)
+    stored = await chat.append([block], native=levels(179))
+    assert (stored["content_blocks"], stored["native"]) == ([block], levels(179))
+    key = {"Idempotency-Key": "deep"}
+    bodies: dict[str, Json] = {"/turns": {"messages": []}, "/fork": {}}
+    for path, body in bodies.items():
+        first, again = [await chat.call("POST", path, json=body, headers=key) for _ in range(2)]
+        assert fine(again) == fine(first)
+        assert from_json(first.content) == first.json()
+    listed = await chat.call("GET", "/messages")
+    assert from_json(listed.content)["messages"] == [stored]
+    there = user.other()
+    await taken_back(there, await exported(chat))

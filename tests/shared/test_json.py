@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import ValidationFailed
-from shared.json import dump_text, dumps, loads, parse, rfc3339
+from shared.json import MAX_DEPTH, dump_text, dumps, loads, parse, rfc3339
 
 texts = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"))
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts
@@ -83,6 +83,14 @@ def test_the_place_is_named(body: bytes, place: list[str | int]) -> None:
         parse(body)
     assert isinstance(raised.value.detail, list)
     assert raised.value.detail[0]["loc"] == place
+
+
+def test_so_many_levels_and_no_more() -> None:
+    for opening, closing in ((b"[", b"]"), (b'{"a":', b"}")):
+        assert parse(b"[" + opening * (MAX_DEPTH - 1) + b"1" + closing * (MAX_DEPTH - 1) + b",[]]")
+        with pytest.raises(ValidationFailed):
+            parse(b"[1," + opening * MAX_DEPTH + b"1" + closing * MAX_DEPTH + b"]")
+    assert parse(b"[" + b"[]," * 1000 + b"{}]")[1000] == {}
 
 
 def test_a_key_with_a_nul_is_refused() -> None:
