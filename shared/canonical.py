@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 _UNSEEN_BY_MODEL = frozenset({"cache_control", "incomplete", "partial_json"})
-_THINKING = frozenset({"thinking", "redacted_thinking"})
+_THINKING = ("thinking", "redacted_thinking")  # no set: a type may be anything, hashable or not
 _SPEAKER = {"tool_call": "assistant", "tool_result": "user", "tool": "user"}
 
 

@@ -52,8 +52,9 @@ def _openai_assistant(blocks: list[dict[str, Any]]) -> dict[str, Any]:
         if block["type"] == "tool_use"
     ]
     text = text_of(blocks)
-    shaped: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None}
-    return shaped | {"tool_calls": calls} if calls else shaped
+    if calls:
+        return {"role": "assistant", "content": text or None, "tool_calls": calls}
+    return {"role": "assistant", "content": text or _named(blocks[-1])}
 
 
 def _openai_part(block: dict[str, Any]) -> dict[str, Any]:
@@ -65,8 +66,12 @@ def _openai_part(block: dict[str, Any]) -> dict[str, Any]:
         return {"type": "image_url", "image_url": {"url": url}}
     if block["type"] == "document" and isinstance(source, dict) and source.get("type") == "text":
         return {"type": "text", "text": str(source.get("data") or "")}
-    # Chat Completions has no such part; saying so keeps the message's place.
-    return {"type": "text", "text": f"[{block['type']}]"}
+    return {"type": "text", "text": _named(block)}
+
+
+def _named(block: dict[str, Any]) -> str:
+    """Of a block that Chat Completions does not know, that it was there: this keeps its message's place."""
+    return f"[{block['type']}]"
 
 
 def _result_text(content: Any) -> str:

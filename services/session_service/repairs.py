@@ -16,7 +16,7 @@ from shared import cache_marks, wire
 Block = dict[str, Any]
 
 NO_RESULT: Final = "No result of this tool call was recorded."
-_THINKING: Final = frozenset({"thinking", "redacted_thinking"})
+_THINKING: Final = ("thinking", "redacted_thinking")  # no set: a part's type may be anything, hashable or not
 _NEEDED: Final[dict[str, dict[str, type]]] = {
     "tool_use": {"id": str, "name": str, "input": dict},
     "server_tool_use": {"id": str, "name": str, "input": dict},
@@ -25,6 +25,7 @@ _NEEDED: Final[dict[str, dict[str, type]]] = {
     "image": {"source": dict},
     "document": {"source": dict},
 }
+_ANSWER: Final[dict[str, type]] = {"tool_use_id": str}
 _SERVER_CALLS: Final = frozenset({"server_tool_use", "mcp_tool_use"})
 _ONLY_ASSISTANT: Final = frozenset({"tool_use", *_SERVER_CALLS, *_THINKING})
 _ONLY_USER: Final = frozenset({"tool_result", "image", "document", "search_result", "container_upload"})
@@ -113,7 +114,10 @@ def _kept_parts(parts: list[Any]) -> list[Any]:
 
 
 def _is_empty_text(block: Any) -> bool:
-    return isinstance(block, dict) and block.get("type") == "text" and not str(block.get("text") or "").strip()
+    if not isinstance(block, dict) or block.get("type") != "text":
+        return False
+    text = block.get("text")
+    return not isinstance(text, str) or not text.strip()
 
 
 def _unfit(block: Block, role: str) -> str | None:
@@ -121,14 +125,14 @@ def _unfit(block: Block, role: str) -> str | None:
     kind = block.get("type")
     if block.get("incomplete") is True:
         return "incomplete_block"
-    is_assistants = kind in _ONLY_ASSISTANT or str(kind).endswith("_tool_result")
+    is_assistants = kind in _ONLY_ASSISTANT or _is_answer(block)
     if (is_assistants and role != "assistant") or (kind in _ONLY_USER and role != "user"):
         return "misplaced_block"
     if _is_empty_text(block):
         return "empty_text"
-    if kind == "thinking" and not block.get("signature"):
+    if kind == "thinking" and not (isinstance(block.get("signature"), str) and block["signature"]):
         return "unsigned_thinking"
-    needed = _NEEDED.get(str(kind), {})
+    needed = _ANSWER if _is_answer(block) else _NEEDED.get(str(kind), {})
     if any(not isinstance(block.get(name), type_) or block[name] == "" for name, type_ in needed.items()):
         return "malformed_block"
     # Its text may be empty: then all of it is in the signature.
@@ -148,7 +152,7 @@ class _Pairs:
     answered: set[str] = field(default_factory=set)
     called_here: set[str] = field(default_factory=set)
     answered_here: set[str] = field(default_factory=set)
-    serving_here: set[str] = field(default_factory=set)
+    serving_here: set[tuple[str, bool]] = field(default_factory=set)
 
     def problem(self, block: Block, after: list[Block]) -> str | None:
         """Why the block cannot stand after what came before, and before the rest of its message; or None.
@@ -161,13 +165,13 @@ class _Pairs:
                 return "duplicate_tool_use"
             self.called_here.add(block["id"])
             if kind in _SERVER_CALLS:
-                if not any(_serves(block["id"], each) for each in after):
+                if _service(block) not in map(_service, filter(_is_answer, after)):
                     return "unfinished_server_tool_use"
-                self.serving_here.add(block["id"])
-        elif kind.endswith("_tool_result"):  # a server's tool answers in the message of its call
-            if block.get("tool_use_id") not in self.serving_here:
+                self.serving_here.add(_service(block))
+        elif _is_answer(block):  # a server's tool answers in the message of its call
+            if _service(block) not in self.serving_here:
                 return "orphan_tool_result"
-            self.serving_here.discard(block["tool_use_id"])
+            self.serving_here.discard(_service(block))
         elif kind == "tool_result":
             if block["tool_use_id"] not in self.called:
                 return "orphan_tool_result"
@@ -184,9 +188,14 @@ class _Pairs:
         self.called_here, self.answered_here, self.serving_here = set(), set(), set()
 
 
-def _serves(call_id: str, block: Block) -> bool:
-    """Whether the block is what a server's tool answered to this call; it stands in the message of the call."""
-    return str(block["type"]).endswith("_tool_result") and block.get("tool_use_id") == call_id
+def _service(block: Block) -> tuple[str, bool]:
+    """What a server tool's call and its answer, in one message, have in common: the id, and whether it is by MCP."""
+    name = "tool_use_id" if _is_answer(block) else "id"
+    return block[name], block["type"].startswith("mcp_")
+
+
+def _is_answer(block: Block) -> bool:
+    return str(block["type"]).endswith("_tool_result")
 
 
 def _with_calls_before_results(pieces: list[Piece], done: Repaired) -> list[Piece]:

@@ -17,7 +17,7 @@ IMAGE_TOKENS: Final = 1_600
 _LATIN_CHARACTERS_A_TOKEN: Final = 3.5
 _OTHER_BYTES_A_TOKEN: Final = 2.5
 _PDF_BASE64_CHARACTERS_A_TOKEN: Final = 20
-_THINKING: Final = frozenset({"thinking", "redacted_thinking"})
+_THINKING: Final = ("thinking", "redacted_thinking")  # no set: a type may be anything, hashable or not
 
 
 def of_text(text: str) -> float:

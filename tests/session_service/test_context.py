@@ -224,3 +224,31 @@ async def test_a_chat_of_another_user_never_shows(user: User) -> None:
         await Chat(each, "s").remember(f"memory {text}")
     context = await Chat(user, "s").context(memories="true")
     assert "theirs" not in str(context)
+
+
+ODD_BLOCKS: list[Json] = [
+    {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": {}}, {"type": ["text"]}, {"type": None}, 5, "x"]},
+    {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": 5}, {"type": "text"}]},
+    {"type": "web_search_tool_result", "tool_use_id": {"a": []}, "content": 5},
+    {"type": "code_execution_tool_result"},
+    {"type": "thinking", "thinking": [], "signature": {}},
+    {"type": "redacted_thinking", "data": []},
+    {"type": "document", "source": {"type": {}, "content": [{"type": []}]}},
+    {"type": "server_tool_use", "id": [], "name": {}, "input": 5},
+    {"type": "", "content": [[{"type": {}}]]},
+]
+
+
+async def test_blocks_of_any_shape_break_nothing(user: User) -> None:
+    """What upstream would say to them is another matter: they are kept, and the session goes on."""
+    for odd in ODD_BLOCKS:
+        for role in ("user", "assistant"):
+            chat = await user.chat()
+            await chat.append("q")
+            await chat.append([{"type": "tool_use", "id": "c1", "name": "f", "input": {}}], "assistant")
+            assert (await chat.append([odd], role))["content_blocks"] == [odd]
+            turn = await chat.open(said("and now?"), context={"format": "openai"})
+            await turn.complete(said("this", "assistant"))
+            for form in ("claude", "openai", "plain"):
+                context = fine(await chat.call("GET", "/context", params={"format": form}))
+                assert context["messages"][-1] == {"role": "assistant", "content": "this"}, (odd, form)

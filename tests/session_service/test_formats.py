@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from services.session_service.formats import to_format
 from services.session_service.repairs import Piece, repair
 from tests.session_service.calls import Json, User, said
-from tests.session_service.test_repairs import histories, well_formed
+from tests.session_service.test_repairs import histories, malformed, well_formed
 
 
 def openai_problem(messages: list[Json]) -> str | None:
@@ -39,7 +39,7 @@ def openai_problem(messages: list[Json]) -> str | None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(histories(well_formed))
+@given(histories(well_formed | malformed))
 def test_any_history_in_the_openai_shape(pieces: list[Piece]) -> None:
     done = repair(pieces)
     shaped = to_format(done.messages, "openai")
@@ -50,7 +50,7 @@ def test_any_history_in_the_openai_shape(pieces: list[Piece]) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(histories(well_formed))
+@given(histories(well_formed | malformed))
 def test_any_history_in_the_plain_shape(pieces: list[Piece]) -> None:
     done = repair(pieces)
     shaped = to_format(done.messages, "plain")

@@ -39,6 +39,10 @@ unsigned = st.sampled_from(
 cut_off = st.builds(lambda found: {**found, "incomplete": True}, texts | calls | unsigned)
 
 well_formed = texts | calls | results | thoughts | hidden | images | unsigned | cut_off | block("text", text=blank)
+# Of these nothing is left, so that it does not matter what upstream would say to them.
+odd_parts = st.sampled_from(
+    [{"type": "text"}, {"type": "text", "text": None}, {"type": "text", "text": 5}, {"type": "text", "text": ["x"]}]
+)
 malformed = st.one_of(
     block("tool_use", id=ids),
     block("tool_use", id=ids, name="f", input=st.sampled_from([None, "x", []])),
@@ -54,6 +58,11 @@ malformed = st.one_of(
     block("document", source="x"),
     block("server_tool_use", id=ids, name="web_search", input=st.just({})),
     block("web_search_tool_result", tool_use_id=ids, content=st.just([])),
+    block("web_search_tool_result", tool_use_id=st.sampled_from([None, 5, [], {}, ""])),
+    block("mcp_tool_use", id=ids, name="f", input=st.just({}), server_name="s"),
+    block("mcp_tool_result", tool_use_id=ids, content=st.just([])),
+    block("thinking", thinking="t", signature=st.sampled_from([True, {}, [], 5])),
+    block("tool_result", tool_use_id=ids, content=st.lists(odd_parts, min_size=1, max_size=2)),
 )
 
 
