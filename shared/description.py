@@ -10,8 +10,11 @@ from fastapi import FastAPI
 _FASTAPIS_OWN = ("HTTPValidationError", "ValidationError")
 
 
-def describe(app: FastAPI) -> None:
-    """Makes `app` leave out FastAPI's own 422 answers: here invalid input is answered by errors of ours."""
+def describe(app: FastAPI, *, bearer: str | None = None) -> None:
+    """Makes `app` leave out FastAPI's own 422 answers: here invalid input is answered by errors of ours.
+
+    `bearer` tells of the token that calls which may be answered by 401 take, where the service asks for one.
+    """
     build = app.openapi
 
     def described() -> dict[str, Any]:
@@ -20,6 +23,11 @@ def describe(app: FastAPI) -> None:
             for operations in schema.get("paths", {}).values():
                 for operation in operations.values():
                     _drop_own_answers(operation)
+                    if bearer and "401" in operation["responses"]:
+                        operation["security"] = [{"token": []}, {}]
+            if bearer:
+                scheme = {"type": "http", "scheme": "bearer", "description": bearer}
+                schema["components"]["securitySchemes"] = {"token": scheme}
             for name in _FASTAPIS_OWN:
                 schema.get("components", {}).get("schemas", {}).pop(name, None)
         return app.openapi_schema or {}

@@ -53,7 +53,7 @@ def create_app(settings: SessionServiceSettings, database: Database, lifecycle: 
     for routes in (stats, search, transfer, sessions, messages, turns, memories):
         app.include_router(routes.router)
     app.include_router(health.router)
-    describe(app)
+    describe(app, bearer="One of SESSION_SERVICE_TOKENS, where that is set")
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(Violation, _on_violation)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -112,6 +112,19 @@ async def test_the_description(session_service: ServiceProcess, sessions: httpx.
                 assert "HTTPValidationError" not in json.dumps(answers["422"]), (method, path)
             if path.startswith("/api"):
                 assert {"200", "400", "503"} <= set(answers), (method, path)
+    keyed = {
+        path
+        for path, operations in paths.items()
+        if any(each["name"] == "Idempotency-Key" for each in operations.get("post", {}).get("parameters", []))
+    }
+    creating = ("/messages", "/messages/batch", "/turns", "/memory", "/fork")
+    assert keyed == {"/api/v1/sessions", "/api/v1/sessions/import", *(session + each for each in creating)}
+    for path, method in ((session, "get"), (session, "put"), (f"{session}/fork", "post"), ("/api/v1/sessions", "post")):
+        assert "ETag" in paths[path][method]["responses"]["200"]["headers"]
+    assert "turn_exists" in paths[f"{session}/turns"]["post"]["responses"]["409"]["description"]
+    assert described["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
+    assert {} in paths[session]["get"]["security"]
+    assert "security" not in paths["/health"]["get"]
     assert "text/html" in (await sessions.get(session_service.url + "/docs")).headers["content-type"]
 
 

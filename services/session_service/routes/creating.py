@@ -81,10 +81,18 @@ def replayed_answer(replayed: idempotency.Replayed) -> Response:
     return Response(replayed.answer, headers=headers, media_type="application/json")
 
 
-async def _writer(
-    request: Request,
-    _key: Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)] = None,
-) -> Writer:
+# For the description; what is wrong with a key is said before.
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="With the same body again, within a day: the same answer",
+        json_schema_extra={"minLength": 1, "maxLength": 255},
+    ),
+]
+
+
+async def _writer(request: Request, _key: IdempotencyKey = None) -> Writer:
     recorded: Writer | None = getattr(request.state, "writer", None)
     state: State = request.app.state.service
     return recorded or state.require_ready()

@@ -92,6 +92,11 @@ def session_answer(session: wire.Session) -> Response:
     return answer(session, headers={"etag": f'"{session.version}"'})
 
 
+TAGGED: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"headers": {"ETag": {"description": "The session's version, for If-Match", "schema": {"type": "string"}}}}
+}
+
+
 def errors(*expected: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
     """The error answers of a route, for its description."""
     told: dict[int | str, dict[str, Any]] = {}

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Query, Response
 from services.session_service import creation, erasure, forks, listing, rewind, sessions
 from services.session_service.routes.creating import CreatingRoute, Writes, creating_errors
 from services.session_service.routes.parameters import (
+    TAGGED,
     Cursor,
     Db,
     IfMatch,
@@ -41,7 +42,7 @@ Order = Annotated[listing.Order, Query(description="Newest first by this time")]
 @router.post(
     "/sessions",
     response_model=wire.Session,
-    responses=creating_errors(SessionExists, SessionNotActive, SessionArchived, TurnInProgress),
+    responses=TAGGED | creating_errors(SessionExists, SessionNotActive, SessionArchived, TurnInProgress),
 )
 async def create_session(new: wire.CreateSession, writer: Writes) -> Response:
     return session_answer(await creation.create(writer, new))
@@ -85,7 +86,7 @@ async def list_sessions_of_user(
     return await list_sessions(user_id, db, active_only, status, order, page, page_size, cursor)
 
 
-@router.get("/sessions/{session_id}", response_model=wire.Session, responses=errors(SessionNotFound))
+@router.get("/sessions/{session_id}", response_model=wire.Session, responses=TAGGED | errors(SessionNotFound))
 async def get_session(session_id: SessionId, user_id: UserId, db: Db) -> Response:
     return session_answer(await sessions.get(db, user_id, session_id))
 
@@ -93,7 +94,7 @@ async def get_session(session_id: SessionId, user_id: UserId, db: Db) -> Respons
 @router.put(
     "/sessions/{session_id}",
     response_model=wire.Session,
-    responses=body_errors(SessionNotFound, SessionArchived, InvalidTransition, VersionMismatch),
+    responses=TAGGED | body_errors(SessionNotFound, SessionArchived, InvalidTransition, VersionMismatch),
 )
 async def update_session(
     session_id: SessionId, user_id: UserId, change: wire.UpdateSession, db: Db, if_match: IfMatch
@@ -115,7 +116,7 @@ async def get_summary(session_id: SessionId, user_id: UserId, db: Db) -> Respons
 @router.post(
     "/sessions/{session_id}/rewind",
     response_model=wire.Session,
-    responses=body_errors(SessionNotFound, SessionNotActive, TurnInProgress, VersionMismatch),
+    responses=TAGGED | body_errors(SessionNotFound, SessionNotActive, TurnInProgress, VersionMismatch),
 )
 async def rewind_session(
     session_id: SessionId, user_id: UserId, to: wire.Rewind, db: Db, if_match: IfMatch
@@ -127,7 +128,7 @@ async def rewind_session(
 @router.post(
     "/sessions/{session_id}/fork",
     response_model=wire.Session,
-    responses=creating_errors(SessionNotFound, SessionExists),
+    responses=TAGGED | creating_errors(SessionNotFound, SessionExists),
 )
 async def fork_session(
     session_id: SessionId, user_id: UserId, writer: Writes, wanted: wire.Fork | None = None

@@ -6,8 +6,8 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from services.session_service import export, idempotency, imports
-from services.session_service.routes.creating import creating_errors, given_key, replayed_answer
-from services.session_service.routes.parameters import AppState, Db, SessionId, UserId, errors, session_answer
+from services.session_service.routes.creating import IdempotencyKey, creating_errors, given_key, replayed_answer
+from services.session_service.routes.parameters import TAGGED, AppState, Db, SessionId, UserId, errors, session_answer
 from shared import values, wire
 from shared.database import Writer
 from shared.errors import SessionExists, SessionNotFound
@@ -33,7 +33,7 @@ async def export_session(session_id: SessionId, user_id: UserId, db: Db) -> Resp
 @router.post(
     "/sessions/import",
     response_model=wire.Session,
-    responses=creating_errors(SessionExists),
+    responses=TAGGED | creating_errors(SessionExists),
     openapi_extra={"requestBody": {"required": True, **_LINES}},
 )
 async def import_session(
@@ -42,6 +42,7 @@ async def import_session(
     db: Db,
     state: AppState,
     session_id: Annotated[values.SessionId | None, Query(description="Default: the id that it had")] = None,
+    _key: IdempotencyKey = None,
 ) -> Response:
     """Takes an export back; a file that is cut short or damaged anywhere is refused whole."""
     received = await imports.receive(request.stream())
