@@ -44,7 +44,8 @@ _matches: ColumnElement[bool] = and_(
     table.c.words.op("@@")(_loose),
     case((table.c.is_long, ~_lacks_one), else_=table.c.words.op("@@")(_exact)),
 )
-_visible = or_(table.c.seq == 0, session_messages.c.superseded_at.is_(None))
+# A user who is being erased loses messages and memories before what was indexed of them.
+_visible = or_(table.c.seq == 0, and_(session_messages.c.seq.is_not(None), session_messages.c.superseded_at.is_(None)))
 _there = or_(table.c.memory_id == "", session_memories.c.memory_id.is_not(None))
 _with_sources = table.outerjoin(
     session_messages,

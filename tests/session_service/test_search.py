@@ -205,6 +205,20 @@ async def test_superseded_messages_are_never_found(user: User, db: Db) -> None:
     assert await found(user, "indexed") == []
 
 
+async def test_in_the_middle_of_an_erase(user: User, db: Db) -> None:
+    """Messages and memories go first, by batches; an erase that was cut off may leave it so for long."""
+    chat = await user.chat(title="heron on the title")
+    await chat.append("heron in a message")
+    await chat.remember("heron in a memory")
+    await settled(db, user)
+    assert len((await search(user, "heron"))["results"][0]["snippets"]) == 2
+    for table in ("session_messages", "session_memories"):
+        await db.execute(f"DELETE FROM dev.{table} WHERE user_id = $1", user.id)
+    (result,) = (await search(user, "heron"))["results"]
+    assert (result["session_id"], result["snippets"]) == (chat.id, [])
+    assert await found(user, "message") == await found(user, "memory") == []
+
+
 async def test_sessions_of_any_status(user: User, db: Db) -> None:
     chats = [await written(user, "lighthouse") for _ in range(4)]
     for chat, steps in zip(chats, ([], ["ended"], ["completed"], ["completed", "archived"]), strict=True):
