@@ -236,6 +236,11 @@ FORGET_USAGE = (
     )
     .values({name: _everyones.c[name] - _theirs.c[name] for name in _SUMS})
 )
+# Whoever adds to the sums holds it until the end of the transaction.
+_LOCK: ColumnElement[Any] = literal_column(str(0x6E657773))
+TRY_LOCK = select(func.pg_try_advisory_xact_lock(_LOCK))
+LOCK = select(func.pg_advisory_xact_lock(_LOCK))
+COUNTED_ONE = select(table.c.session_id).where(table.c.user_id == bindparam("user_id"), table.c.counted).limit(1)
 FORGET_TOTALS = sa.delete(session_totals).where(session_totals.c.user_id == bindparam("user_id"))
 
 
@@ -244,7 +249,11 @@ async def forget_session(conn: Conn, key: dict[str, str]) -> None:
     await conn.rows(FORGET_SESSION, **key)
 
 
-async def forget_user(conn: Conn, user_id: str) -> None:
-    """Takes a user, whose sessions are gone, out of all sums."""
+async def forget_user(conn: Conn, user_id: str) -> bool:
+    """Takes a user, whose sessions are gone, out of all sums; false where a new session has been added to them."""
+    await conn.rows(LOCK)
+    if await conn.row(COUNTED_ONE, user_id=user_id) is not None:
+        return False
     await conn.rows(FORGET_USAGE, user_id=user_id)
     await conn.rows(FORGET_TOTALS, user_id=user_id)
+    return True

@@ -51,13 +51,15 @@ RECORDS = _some_of(idempotency_records, "scope", idempotency_records.c.user_id =
 async def erase(database: Database, user_id: str) -> dict[str, int]:
     """Deletes all of a user's sessions, with their parts, and gives how many of each."""
     deleted = {"sessions": 0, "messages": 0, "memories": 0, "turns": 0}
-    while session_ids := await database.rows(SESSION_IDS, user_id=user_id):
-        for (session_id,) in session_ids:
-            for name, count in (await _erase_session(database, user_id, session_id)).items():
-                deleted[name] += count
-    while await database.rows(RECORDS, user_id=user_id):
-        continue
-    await database.transact(lambda conn: counting.forget_user(conn, user_id))
+    is_forgotten = False
+    while not is_forgotten:
+        while session_ids := await database.rows(SESSION_IDS, user_id=user_id):
+            for (session_id,) in session_ids:
+                for name, count in (await _erase_session(database, user_id, session_id)).items():
+                    deleted[name] += count
+        while await database.rows(RECORDS, user_id=user_id):
+            continue
+        is_forgotten = await database.transact(lambda conn: counting.forget_user(conn, user_id))
     return deleted
 
 

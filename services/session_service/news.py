@@ -29,11 +29,9 @@ log = structlog.get_logger(__name__)
 SESSIONS_AT_ONCE: Final = 200
 MESSAGES_AT_ONCE: Final = 200
 ROUND_BYTES: Final = 256 * 2**10
-_LOCK: Final = 0x6E657773
 # Longer than any statement may run: what was committed late is found again.
 _OVERLAP: ColumnElement[Any] = literal_column("interval '1 minute'")
 
-TRY_LOCK = select(func.pg_try_advisory_xact_lock(literal_column(str(_LOCK))))
 NEWS = (
     select(
         table.c.user_id,
@@ -214,7 +212,7 @@ async def see_to_news(database: Database, after: tuple[str, str] = FIRST) -> tup
     """
 
     async def work(conn: Conn) -> tuple[str, str] | None:
-        if not await conn.value(TRY_LOCK):
+        if not await conn.value(counting.TRY_LOCK):
             return None
         found = await conn.rows(NEWS, after_user=after[0], after_session=after[1])
         texts: list[indexing.Text] = []

@@ -235,6 +235,38 @@ async def test_an_erase_while_its_texts_are_indexed(own_database: str, scratch: 
     await db.close()
 
 
+async def test_a_user_who_comes_back_in_the_middle(own_database: str, scratch: Path) -> None:
+    """Their sessions are gone, and one is made, and counted, before they are taken out of the sums."""
+    db = await asyncpg.connect(own_database)
+    await db.execute(
+        "CREATE FUNCTION dev.slowly() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$BEGIN PERFORM pg_sleep(1.5); RETURN OLD; END$$;"
+        "CREATE TRIGGER slowly BEFORE DELETE ON dev.idempotency_records FOR EACH ROW EXECUTE FUNCTION dev.slowly()"
+    )
+    with start_session_service(own_database, scratch, free_port(), NEWS_INTERVAL_SECONDS="0.05") as service:
+        async with http_client(read_seconds=20, connect_seconds=5) as http:
+            http.base_url = httpx.URL(f"{service.url}/api/v1/")
+            user = User(http, new_user_id())
+            fine(await Request("/sessions", {}, {"json": {"user_id": user.id}}).send(http, "a-key"))
+            await indexed(db, user)
+            erasing = asyncio.create_task(erase(user))
+            while (await user.sessions())["total"]:
+                assert not erasing.done()
+            await (await user.chat()).append("back again")
+            await indexed(db, user)
+            assert not erasing.done()
+            assert (await erasing)["sessions"] == 2
+            assert await count(db, user) == 0
+            await (await user.chat()).append("and again")
+            await indexed(db, user)
+    for scope in (user.id, ""):
+        sums = "SELECT sessions, messages FROM dev.session_totals WHERE user_id = $1"
+        used = "SELECT sum(messages), sum(active_sessions) FROM dev.usage_buckets WHERE user_id = $1 AND bucket = 'day'"
+        assert tuple(await db.fetchrow(sums, scope) or ()) == (1, 1)
+        assert tuple(await db.fetchrow(used, scope) or ()) == (1, 1)
+    await db.close()
+
+
 async def test_a_kill_in_the_middle(own_database: str, scratch: Path) -> None:
     """Called again, it goes on."""
     db = await asyncpg.connect(own_database)
