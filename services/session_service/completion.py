@@ -19,7 +19,7 @@ from services.session_service.schema import session_turns as table
 from services.session_service.schema import sessions as _session
 from services.session_service.sessions import NOW, TOUCHED, Detail
 from shared import wire
-from shared.database import Conn, Database
+from shared.database import Conn, Writer
 from shared.errors import LeaseLost, TurnClosed, TurnNotFound
 from shared.json import dumps
 
@@ -59,7 +59,7 @@ OUTPUT = (
 
 
 async def complete(
-    database: Database, user_id: str, session_id: str, turn_id: str, answer: wire.CompleteTurn
+    writer: Writer, user_id: str, session_id: str, turn_id: str, answer: wire.CompleteTurn
 ) -> wire.TurnCompleted:
     """Stores the answer and closes the turn, in one transaction; the same call again gives the same answer.
 
@@ -96,7 +96,7 @@ async def complete(
             raise TurnNotFound  # its user is being erased
         return wire.TurnCompleted.model_construct(turn=turns.from_row(closed), messages=stored, session=session)
 
-    return await database.transact(work)
+    return await writer.transact(work)
 
 
 def _drafts(answer: wire.CompleteTurn) -> list[messages.Draft]:

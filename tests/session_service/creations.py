@@ -68,6 +68,13 @@ async def _turn_making_its_session(user: User, _chat: Chat) -> Request:
     return _at(Chat(user, "made-by-the-turn"), "/turns", body)
 
 
+async def _answer(_user: User, chat: Chat) -> Request:
+    turn = await chat.open(said("hello"))
+    token = turn.opened["lease_token"]
+    body = {"lease_token": token, "status": "completed", "messages": [said("yes", "assistant", native=NATIVE)]}
+    return _at(chat, f"/turns/{turn.opened['turn_id']}/complete", body)
+
+
 async def _memory(_user: User, chat: Chat) -> Request:
     return _at(chat, "/memory", {"memory_type": "custom", "content": "remember"})
 
@@ -100,6 +107,7 @@ KINDS: dict[str, Callable[[User, Chat], Awaitable[Request]]] = {
     "batch making its session": _batch_making_its_session,
     "turn": _turn,
     "turn making its session": _turn_making_its_session,
+    "answer": _answer,
     "memory": _memory,
     "fork": _fork,
     "import": _import,
@@ -112,6 +120,7 @@ GROWS = {
     "batch making its session": (1, 1, 0, 0),
     "turn": (0, 1, 1, 0),
     "turn making its session": (1, 1, 1, 0),
+    "answer": (0, 1, 0, 0),
     "memory": (0, 0, 0, 1),
     "fork": (1, 1, 0, 0),
     "import": (1, 1, 0, 0),

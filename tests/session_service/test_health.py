@@ -117,7 +117,7 @@ async def test_the_description(session_service: ServiceProcess, sessions: httpx.
         for path, operations in paths.items()
         if any(each["name"] == "Idempotency-Key" for each in operations.get("post", {}).get("parameters", []))
     }
-    creating = ("/messages", "/messages/batch", "/turns", "/memory", "/fork")
+    creating = ("/messages", "/messages/batch", "/turns", "/turns/{turn_id}/complete", "/memory", "/fork")
     assert keyed == {"/api/v1/sessions", "/api/v1/sessions/import", *(session + each for each in creating)}
     for path, method in ((session, "get"), (session, "put"), (f"{session}/fork", "post"), ("/api/v1/sessions", "post")):
         assert "ETag" in paths[path][method]["responses"]["200"]["headers"]

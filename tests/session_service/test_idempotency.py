@@ -104,7 +104,7 @@ async def test_the_writing_of_a_body_does_not_count(sessions: httpx.AsyncClient)
 # ── replay comes before any other check, and only successes are stored ──────────────────────────
 
 
-@pytest.mark.parametrize("kind", ["message", "batch", "turn", "memory", "fork"])
+@pytest.mark.parametrize("kind", ["message", "batch", "turn", "answer", "memory", "fork"])
 async def test_the_answer_is_given_whatever_has_become_of_the_session(sessions: httpx.AsyncClient, kind: str) -> None:
     chat = await a_chat(sessions)
     request = await KINDS[kind](chat.user, chat)

@@ -122,12 +122,13 @@ async def renew_turn(
 @router.post(
     "/sessions/{session_id}/turns/{turn_id}/complete",
     response_model=wire.TurnCompleted,
-    responses=body_errors(SessionNotFound, TurnNotFound, TurnClosed, LeaseLost, MessageExists),
+    responses=creating_errors(SessionNotFound, TurnNotFound, TurnClosed, LeaseLost, MessageExists),
 )
 async def complete_turn(
-    session_id: SessionId, turn_id: OtherId, user_id: UserId, result: wire.CompleteTurn, db: Db, state: AppState
+    session_id: SessionId, turn_id: OtherId, user_id: UserId, result: wire.CompleteTurn, writer: Writes, state: AppState
 ) -> Response:
-    completed = await completion.complete(db, user_id, session_id, turn_id, result)
+    """Stores the answer and closes the turn; sent again, it changes nothing, with a key or without one."""
+    completed = await completion.complete(writer, user_id, session_id, turn_id, result)
     state.lines.wake((user_id, session_id))
     state.metrics.appends.inc(len(completed.messages))
     return answer(completed)
