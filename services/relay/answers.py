@@ -20,7 +20,6 @@ from shared.json import dump_text
 ESTIMATED: Final = {"usage_estimated": True}
 CUT: Final = {"truncated": True}
 _CUT_CHARACTERS: Final = 2**20
-_COUNTS: Final = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 _MAX_TOKENS: Final = 2**31 - 1
 _NAME_CHARACTERS: Final = 255
 
@@ -114,15 +113,15 @@ def _usage(message: dict[str, Any], blocks: list[Block], body: dict[str, Any], *
     """Upstream's usage with every count in it sound, and whether one had to be estimated."""
     told = message.get("usage")
     usage: dict[str, Any] = dict(told) if isinstance(told, dict) else {}
-    sound = {name: usage.get(name) for name in _COUNTS if _is_count(usage.get(name))}
-    is_estimated = any(name in usage and usage[name] is not None and name not in sound for name in _COUNTS)
+    sound = {name: usage.get(name) for name in prices.TOKEN_CLASSES if _is_count(usage.get(name))}
+    is_estimated = any(name in usage and usage[name] is not None and name not in sound for name in prices.TOKEN_CLASSES)
     if "input_tokens" not in sound:
         sound["input_tokens"], is_estimated = input_tokens(body), True
     if "output_tokens" not in sound or is_partial:
         # What a stream says at its start counts almost nothing of what came after.
         estimate = sum(estimate_tokens(_text(block)) for block in blocks)
         sound["output_tokens"], is_estimated = max(estimate, sound.get("output_tokens") or 0), True
-    kept, _ = storable({name: value for name, value in usage.items() if name not in _COUNTS} | sound)
+    kept, _ = storable({name: value for name, value in usage.items() if name not in prices.TOKEN_CLASSES} | sound)
     try:
         wire.CompleteTurn(lease_token="", status="completed", usage=kept)
     except ValidationError:

@@ -52,6 +52,7 @@ from services.relay.sealing import Sealer
 from services.relay.session_limit import SessionLimit
 from services.relay.session_pool import SessionPool
 from services.relay.settings import RelaySettings
+from services.relay.sides import Sides
 from services.relay.slots import Slots
 from services.relay.spool import Spool
 from services.relay.starting import Starts
@@ -142,6 +143,7 @@ def _state(settings: RelaySettings, database: Database, lifecycle: Lifecycle) ->
     events = EventLog(database, client)
     parts = Parts(
         *(settings, client, asking, affinity, spool, metrics, admission, limit, records, key_limits, pooled, summaries),
+        sides=Sides(client),
         event_log=events,
     )
     turns = Turns(parts)

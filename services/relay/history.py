@@ -13,7 +13,6 @@ it, up to the message that asks. Clients send either only what is new or everyth
 Messages of the assistant at the array's end are a prefill: no message of their own, but the answer's beginning.
 """
 
-import hashlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -28,8 +27,9 @@ from services.relay.errors import HistoryConflict, InvalidRequest
 from services.relay.idempotency import Earlier
 from services.relay.replays import rewind_for
 from services.relay.request import ClaudeRequest, Continuation
-from services.relay.session_ids import Choice, keeps_rules
+from services.relay.session_ids import Choice
 from services.relay.settings import RelaySettings
+from services.relay.sides import holds_another, side_of
 from shared import wire
 from shared.canonical import message_hash
 from shared.errors import (
@@ -40,12 +40,12 @@ from shared.errors import (
     VersionMismatch,
 )
 from shared.session_client import SessionClient, SessionKey
+from shared.values import Limits
 
 log = structlog.get_logger(__name__)
 
+MOST_NEW: Final = Limits().turn_messages
 _LEAST_TRIES: Final = 5
-_SIDE_ID_CHARACTERS: Final = 200
-_SIDE_HASH_DIGITS: Final = 12
 _BUSY_SECONDS: Final = 1.0
 _BEYOND: Final = 100
 # Whole arrays go upstream as they are; the store must not refuse one for the size of its own context.
@@ -113,6 +113,11 @@ class Array:
         spoken = [each for each in kept if each.role != "system"]
         prefill = [block for each in messages[count:] for block in blocks_of(each["content"])]
         return cls(kept, spoken, prefill, any(message["role"] == "assistant" for message in messages))
+
+    @property
+    def first(self) -> str:
+        """The hash of the first spoken message."""
+        return self.spoken[0].hash
 
     def hashes(self) -> list[str]:
         return [each.hash for each in self.spoken]
@@ -183,7 +188,7 @@ class Opened:
 class _Plan:
     """What opening the turn does; `version` is the one of the session that the plan was made for.
 
-    With `fork_at_seq` it is done in a fork of the session up to there.
+    With `fork_at_seq` it is done in a fork of the session up to there, with `aside` in that session instead.
     """
 
     new: list[Kept]
@@ -191,8 +196,12 @@ class _Plan:
     if_exists: wire.IfExists = "return"
     version: int | None = None
     fork_at_seq: int | None = None
+    aside: SessionKey | None = None
 
     def request(self, wishes: Wishes, context: wire.ContextOptions | None, wait_seconds: float) -> wire.OpenTurn:
+        """Raises InvalidRequest for more messages than a turn can bring, or one that no conversation can hold."""
+        if len(self.new) > MOST_NEW:
+            raise InvalidRequest.at("messages", f"{len(self.new)} of them are new, {MOST_NEW} at most can be")
         return wire.OpenTurn(
             messages=[each.new_message() for each in self.new],
             rewind_to_seq=self.rewind_to_seq,
@@ -201,30 +210,6 @@ class _Plan:
             lease_seconds=wishes.lease_seconds,
             wait_seconds=wait_seconds,
         )
-
-
-async def session_of(sessions: SessionClient, user_id: str, choice: Choice, array: Array) -> SessionKey:
-    """The chosen session; for a client's side conversation under an implied id, a side session of its own."""
-    key = SessionKey(user_id, choice.session_id)
-    if choice.kind != "implied":
-        return key
-    if choice.agent_id is not None:
-        return SessionKey(user_id, _side_id(choice.session_id, choice.agent_id))
-    first = array.spoken[0].hash
-    try:
-        if (await sessions.align(key, [first])).matched or not (await sessions.get_session(key)).message_count:
-            return key
-    except SessionNotFound:
-        return key
-    return SessionKey(user_id, _side_id(choice.session_id, first[:_SIDE_HASH_DIGITS]))
-
-
-def _side_id(session_id: str, part: str) -> str:
-    """A part that no id can hold, or only a very long one, is replaced by its hash, as a very long session id is."""
-    if len(session_id) > _SIDE_ID_CHARACTERS:
-        session_id = hashlib.sha256(session_id.encode()).hexdigest()
-    side_id = f"{session_id}~{part}"
-    return side_id if keeps_rules(side_id) else f"{session_id}~{hashlib.sha256(part.encode()).hexdigest()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +231,11 @@ class Opening:
     def is_whole(self) -> bool:
         return self.choice.kind in {"implied", "fresh"} or self.array.holds_answers
 
+    @property
+    def is_main_of_implied(self) -> bool:
+        """Whether a conversation that begins differently does not belong into this session."""
+        return self.choice.kind == "implied" and self.key.session_id == self.choice.session_id
+
 
 async def open_turn(sessions: SessionClient, opening: Opening, *, wait_seconds: float) -> Opened:
     """The turn, open, its messages stored; in a fork of the session where the array departs and `wishes` want one.
@@ -260,6 +250,8 @@ async def open_turn(sessions: SessionClient, opening: Opening, *, wait_seconds: 
         tries += 1
         plan = await _plan(sessions, opening)
         left_seconds = max(0.0, deadline - monotonic())
+        if plan.aside is not None:
+            return await open_turn(sessions, replace(opening, key=plan.aside), wait_seconds=left_seconds)
         request = plan.request(wishes, context, left_seconds)
         if plan.fork_at_seq is not None:
             if opening.earlier is not None and opening.earlier.session_id != key.session_id:
@@ -291,7 +283,7 @@ async def _plan(sessions: SessionClient, opening: Opening) -> _Plan:
     if (continued := opening.continuation) is not None:
         return _Plan([], rewind_to_seq=continued.rewind_to_seq, version=continued.version)
     if opening.is_whole and opening.choice.kind != "fresh":
-        return await _lined_up(sessions, opening.key, opening.array, opening.wishes.on_conflict)
+        return await _lined_up(sessions, opening)
     new = opening.array.messages
     if opening.earlier is None:
         return _Plan(new)
@@ -303,13 +295,16 @@ async def _plan(sessions: SessionClient, opening: Opening) -> _Plan:
     return _Plan(new, rewind_to_seq=to_seq, version=version)
 
 
-async def _lined_up(sessions: SessionClient, key: SessionKey, array: Array, on_conflict: OnConflict) -> _Plan:
+async def _lined_up(sessions: SessionClient, opening: Opening) -> _Plan:
     """Raises HistoryConflict where the array departs from what is stored and that is to be refused."""
+    key, array, on_conflict = opening.key, opening.array, opening.wishes.on_conflict
     try:
         aligned = await sessions.align(key, array.hashes())
     except SessionNotFound:
         return _Plan(array.messages, if_exists="error")
     new = array.after(aligned.matched)
+    if not aligned.matched and opening.is_main_of_implied and await holds_another(sessions, key):
+        return _Plan(new, aside=side_of(key, array.first))  # another relay was asked at the same time
     if on_conflict != "rewind" and aligned.matched < len(array.spoken) and await _goes_on(sessions, key, aligned.seq):
         if on_conflict == "reject":
             raise HistoryConflict

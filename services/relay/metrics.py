@@ -4,6 +4,7 @@ from decimal import Decimal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.relay.prices import TOKEN_CLASSES
 from shared.telemetry import build_info
 
 _MODELS = 100
@@ -55,8 +56,8 @@ class Metrics:
     def count_tokens(self, model: str | None, usage: dict[str, object] | None) -> None:
         """Adds a turn's usage."""
         label = self._label(model)
-        for name, count in (usage or {}).items():
-            if name.endswith("_tokens") and isinstance(count, int):
+        for name in TOKEN_CLASSES:  # upstream may say anything besides
+            if isinstance(count := (usage or {}).get(name), int):
                 self.tokens.labels(label, name.removesuffix("_tokens")).inc(count)
 
     def count_cost(self, model: str | None, cost_usd: Decimal | None) -> None:

@@ -13,7 +13,7 @@ from services.relay.idempotency import Earlier, Idempotency, Replay, Try
 from services.relay.outcomes import Ended
 from services.relay.parts import Caller, Parts
 from services.relay.request import ClaudeRequest
-from services.relay.session_ids import Choice
+from services.relay.session_ids import Choice, encoded
 from services.relay.upstream import encode_body
 from shared.session_client import SessionKey
 
@@ -101,6 +101,10 @@ async def _answered_before(parts: Parts, user_id: str, once: Once, request: Clau
     message = await replays.earlier_answer(parts.sessions, user_id, once.earlier, prefill=prefill)
     if message is None:
         return None
-    headers = {"x-session-id": session.session_id, "x-turn-id": once.earlier.turn_id, "x-session-persisted": "yes"}
+    headers = {
+        "x-session-id": encoded(session.session_id),
+        "x-turn-id": once.earlier.turn_id,
+        "x-session-persisted": "yes",
+    }
     await once.complete(headers, message)
     return Replay(headers, message)

@@ -19,6 +19,7 @@ from services.relay.pipe import Pipe
 from services.relay.session_limit import SessionLimit
 from services.relay.session_pool import SessionPool
 from services.relay.settings import RelaySettings
+from services.relay.sides import Sides
 from services.relay.spool import Spool
 from services.relay.summaries import Summaries
 from shared.errors import ServiceError
@@ -61,5 +62,6 @@ class Parts:
     key_limits: KeyLimits
     session_pool: SessionPool
     summaries: Summaries
+    sides: Sides
     event_log: EventLog
     lines: Lines = field(default_factory=Lines)

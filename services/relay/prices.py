@@ -14,6 +14,10 @@ from services.relay.accounts import DEMO_MODEL
 
 log = structlog.get_logger(__name__)
 
+TOKEN_CLASSES: Final = (
+    *("input_tokens", "output_tokens"),
+    *("cache_creation_input_tokens", "cache_read_input_tokens"),
+)
 NOTHING: Final = Decimal(0)
 _MOST: Final = Decimal("999999.999999")
 _STEP: Final = Decimal("0.000001")
@@ -48,8 +52,7 @@ def cost_usd(model: str, usage: Mapping[str, Any]) -> Decimal:
 
 def all_tokens(usage: Mapping[str, Any]) -> int:
     """Tokens of all classes."""
-    classes = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-    return sum(_count(usage, name) for name in classes)
+    return sum(_count(usage, name) for name in TOKEN_CLASSES)
 
 
 def _count(usage: Mapping[str, Any], name: str) -> int:

@@ -16,6 +16,7 @@ from pydantic_core import from_json
 from services.relay.errors import InvalidRequest
 
 ROLES: Final = frozenset({"user", "assistant", "system"})
+_MOST_MESSAGES: Final = 100_000  # as many as the Claude API takes, and the store lines up
 _MAX_DEPTH: Final = 200  # as deep as the faster of the two parsers goes
 _MAY_HOLD_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 _MAY_OVERFLOW: Final = re.compile(rb"[0-9][eE]\+?[0-9]{2}|[0-9]{300}")
@@ -142,6 +143,8 @@ def _infinite(value: Any, path: str) -> Iterator[str]:
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest.at("messages", "must be a list with at least one message")
+    if len(messages) > _MOST_MESSAGES:
+        raise InvalidRequest.at("messages", f"must be {_MOST_MESSAGES} at most")
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise InvalidRequest.at(f"messages.{index}", "must be an object")

@@ -23,7 +23,7 @@ NO_SESSION: Final = "none"
 _IMPLIED_HEADERS: Final = ("x-claude-code-session-id", "session-id", "x-openwebui-chat-id")
 _AGENT_HEADER: Final = "x-claude-code-agent-id"
 _TRAILING_SESSION: Final = re.compile(
-    r"(?:^|_)session_([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})$", re.IGNORECASE
+    r"(?<![0-9a-z])session_([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})$", re.IGNORECASE
 )
 _RULES: Final[TypeAdapter[str]] = TypeAdapter(values.SessionId)
 
@@ -53,11 +53,12 @@ def choose(request: ClaudeRequest, headers: Mapping[str, str]) -> Choice | None:
         return Choice(_checked(request.session_id, "metadata.session_id"), "named")
     if in_header:
         return Choice(_checked(in_header, "X-Session-Id"), "named")
-    implied = [headers.get(name) for name in _IMPLIED_HEADERS] + [_in_user_id(request.user_id or "")]
+    implied = [_implied(headers.get(name, "")) for name in _IMPLIED_HEADERS]
+    implied.append(_in_user_id(request.user_id or ""))
     for session_id in implied:
         # Its client did not mean it for us: an id that is none is no reason to refuse a valid request.
         if session_id and keeps_rules(session_id):
-            return Choice(session_id, "implied", headers.get(_AGENT_HEADER) or None)
+            return Choice(session_id, "implied", _implied(headers.get(_AGENT_HEADER, "")))
     return Choice(str(uuid7()), "fresh")
 
 
@@ -67,17 +68,25 @@ def encoded(session_id: str) -> str:
 
 
 def decoded(value: str) -> str:
-    """The id that a header carries, percent-encoded or as bare UTF-8 bytes."""
-    with contextlib.suppress(UnicodeError):
-        value = value.encode("latin-1").decode("utf-8")
-    return unquote(value)
+    """The id that a header carries, percent-encoded or as bare UTF-8 bytes; raises InvalidRequest for other bytes."""
+    try:
+        return unquote(value.encode("latin-1").decode("utf-8"), errors="strict")
+    except UnicodeError:  # two of them must not become one id
+        raise InvalidRequest.at("X-Session-Id", "is not UTF-8") from None
+
+
+def _implied(value: str) -> str | None:
+    """The id in a header that its client did not mean for us; None where there is none."""
+    with contextlib.suppress(InvalidRequest):
+        return decoded(value) or None
+    return None
 
 
 def _in_user_id(user_id: str) -> str | None:
     """The session in Claude Code's metadata.user_id: `…_session_<uuid>`, or JSON with a `session_id`."""
     if found := _TRAILING_SESSION.search(user_id):
         return found[1]
-    if user_id.startswith("{"):
+    if user_id.lstrip().startswith("{"):
         try:
             session_id = json.loads(user_id).get("session_id")
         except (ValueError, RecursionError):

@@ -138,9 +138,10 @@ class Turn:
         choice = began.in_session(choice) if began else choice
         wishes = history.Wishes.of(self._caller.headers, parts.settings)
         array = history.Array.of(self._request)
-        key = await history.session_of(parts.sessions, self._caller.key.user_id, choice, array)
-        deadline = monotonic() + wishes.wait_seconds
         async with AsyncExitStack() as held:
+            ours = parts.sides.session_of(self._caller.key.user_id, choice, array.first)
+            key = await held.enter_async_context(ours)
+            deadline = monotonic() + wishes.wait_seconds
             async with self._interruption.watched():
                 await held.enter_async_context(parts.lines.place(key, wait_seconds=wishes.wait_seconds))
                 await held.enter_async_context(self._entry.place())

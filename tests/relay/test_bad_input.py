@@ -32,6 +32,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("messages.0.content.1", {"messages": [user([{"type": "text", "text": "a"}, "b"])]}),
     ("messages.0.content.0", {"messages": [user([{"text": "a"}])]}),
     ("messages.1.content", {"messages": [user("a"), user([{"type": "tool_result", "content": "x"}])]}),
+    ("messages", {"messages": [user("a"), {"role": "assistant", "content": "b"}] * 5000 + [user("a")]}),
+    ("messages", {"messages": [user("a")] * 100_001}),
     ("metadata.session_id", {"metadata": {"session_id": 7}}),
     ("metadata.session_id", {"metadata": {"session_id": ""}}),
     ("metadata.session_id", {"metadata": {"session_id": "a/b"}}),

@@ -5,7 +5,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -253,6 +253,42 @@ async def test_an_implied_session_is_never_put_before_an_array(chat: Chat, upstr
     assert await aside.history() == flat([user("Make a title"), assistant("title"), user("another"), assistant("a3")])
 
 
+async def test_conversations_that_begin_at_once_under_one_implied_id(
+    chat: Chat, chat_at: Any, make_relay: Any, upstream: TestUpstream
+) -> None:
+    """None takes another one's place, waits for it, or is put into its session, at one relay or at two."""
+    other: Chat = await chat_at(make_relay())
+    for number in range(5):
+        session_id = f"{chat.session_id}-{number}"
+        texts = [f"main {number}", f"title {number}", f"topic {number}"]
+        upstream.script(*({"text": f"of {text}", "delay_ms": 150, "match": {"contains": text}} for text in texts))
+        bodies = [{"model": "test-model", "max_tokens": 10, "messages": [user(text)]} for text in texts]
+        headers = {"x-claude-code-session-id": session_id}
+        doors = [chat.http, chat.http, other.http]
+        sent = [door.post("/v1/messages", json=body, headers=headers) for door, body in zip(doors, bodies, strict=True)]
+        answers = await asyncio.gather(*sent)
+        ids = [answer.headers["x-session-id"] for answer in answers]
+        assert len(set(ids)) == 3
+        assert session_id in ids
+        for text, side in zip(texts, ids, strict=True):
+            assert side.startswith(session_id)
+            stored = await replace(chat, session_id=side).stored(include_superseded=True)
+            assert [each["content"] for each in stored] == [text, f"of {text}"]
+
+
+async def test_a_side_conversation_does_not_wait_for_the_one_that_begins(chat: Chat, upstream: TestUpstream) -> None:
+    upstream.script({"text": "long", "hang_seconds": 30, "match": {"contains": "main"}})
+    headers = {"x-claude-code-session-id": chat.session_id}
+    body = {"model": "test-model", "max_tokens": 10, "messages": [user("main")]}
+    main = asyncio.create_task(chat.http.post("/v1/messages", json=body, headers=headers))
+    await upstream.until(lambda state: state["running"] == 1)
+    async with asyncio.timeout(5):
+        title = await chat.http.post("/v1/messages", json=body | {"messages": [user("title")]}, headers=headers)
+    assert title.headers["x-session-id"].startswith(f"{chat.session_id}~")
+    main.cancel()
+    await upstream.until(lambda state: state["running"] == 0)
+
+
 # ── sessions that have ended ────────────────────────────────────────────────────────────────────
 
 
@@ -263,6 +299,18 @@ async def test_a_closed_session_begins_anew_with_a_whole_array(chat: Chat, upstr
     await chat.say(*array, "u2")
     assert await chat.history() == [*flat(array), ("user", "u2"), ("assistant", "a2")]
     assert [each["seq"] for each in await chat.stored()] == [3, 4, 5, 6]
+
+
+async def test_an_implied_session_that_was_closed_begins_anew(chat: Chat, upstream: TestUpstream) -> None:
+    headers = {"x-openwebui-chat-id": chat.session_id}
+    body = {"model": "test-model", "max_tokens": 10}
+    for text in ("one", "two"):
+        answer = await chat.http.post("/v1/messages", json=body | {"messages": [user(text)]}, headers=headers)
+        assert answer.headers["x-session-id"] == chat.session_id
+        assert [text for _, text in await chat.history()][:1] == [text]
+        await chat.http.post(f"/sessions/{chat.session_id}/close")
+    assert upstream.requests("/v1/messages")[1]["json"]["messages"] == [user("two")]
+    assert len(await chat.stored(include_superseded=True)) == 4
 
 
 @pytest.mark.parametrize(("policy", "knows"), [("restart", False), ("resume", True)])

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import pytest
@@ -491,8 +492,9 @@ async def test_a_relay_killed_before_its_answer_is_whole(stack: Stack, upstream:
 async def test_a_relay_killed_between_the_turns_end_and_the_record(
     stack: Stack, upstream: TestUpstream, streams: bool
 ) -> None:
-    """The answer is found by its turn."""
-    request = asking(stack.chat(), user("Hello"), assistant("I would say"))
+    """The answer is found by its turn; the session's id is one that no header holds as it is."""
+    chat = replace(stack.chat(), session_id=f"会话-{uuid.uuid4().hex}")
+    request = asking(chat, user("Hello"), assistant("I would say"))
     upstream.script({"text": " hello", "stop_reason": "max_tokens"})
     async with AsyncExitStack() as held:
         with frozen_upstream(upstream):
@@ -510,7 +512,7 @@ async def test_a_relay_killed_between_the_turns_end_and_the_record(
     answer = await request.until_answered()
     assert answer.headers["idempotent-replayed"] == "true"
     assert answer.headers["x-turn-id"] == turn["turn_id"]
-    assert answer.headers["x-session-id"] == request.chat.session_id
+    assert unquote(answer.headers["x-session-id"]) == request.chat.session_id
     assert answer.headers["x-session-persisted"] == "yes"
     assert (text_of(answer.json()), answer.json()["stop_reason"]) == (" hello", "max_tokens")
     assert (await request.send()).content == answer.content

@@ -133,10 +133,44 @@ def test_a_bare_utf8_header_is_read_too() -> None:
     assert session_ids.decoded("会话".encode().decode("latin-1")) == "会话"
 
 
+def test_bytes_that_are_no_text_name_no_session() -> None:
+    for header in ("%FF", "%E4%BD", "\xff"):
+        with pytest.raises(InvalidRequest, match="X-Session-Id"):
+            session_ids.choose(claude(), {"x-session-id": header})
+
+
+_UUID = "0197c5e4-9d6f-4d0e-8a52-3f1b6c1d2e3f"
+
+
+@pytest.mark.parametrize(
+    ("headers", "user_id", "expected"),
+    [
+        ({}, f"user_5f_account__session_{_UUID}", _UUID),
+        ({}, f"session_{_UUID}", _UUID),
+        ({}, f"team/session_{_UUID}", _UUID),
+        ({}, f'{{"device_id": "d", "account_uuid": "", "session_id": "{_UUID}"}}', _UUID),
+        ({}, f' {{"session_id": "{_UUID}"}}', _UUID),
+        ({"session-id": "s-1"}, f"session_{_UUID}", "s-1"),
+        ({"x-claude-code-session-id": "c", "session-id": "s", "x-openwebui-chat-id": "o"}, None, "c"),
+        ({"session-id": "a/b", "x-openwebui-chat-id": "o"}, None, "o"),
+        ({"x-openwebui-chat-id": "%E4%BC%9A"}, None, "会"),
+        ({"x-openwebui-chat-id": "会".encode().decode("latin-1")}, None, "会"),
+    ],
+)
+def test_ids_that_clients_send_by_themselves(headers: dict[str, str], user_id: str | None, expected: str) -> None:
+    assert session_ids.choose(claude(metadata={"user_id": user_id}), headers) == Choice(expected, "implied")
+    named = session_ids.choose(claude(metadata={"user_id": user_id}), headers | {"x-session-id": "mine"})
+    assert named == Choice("mine", "named")
+    assert session_ids.choose(claude(metadata={"session_id": "m"}), headers | {"x-session-id": "none"}) is None
+
+
 @pytest.mark.parametrize(
     ("headers", "user_id"),
     [
         ({}, None),
+        ({}, f"obsession_{_UUID}"),
+        ({}, f"session_{_UUID}_more"),
+        ({"x-openwebui-chat-id": "%FF"}, None),
         ({"session-id": "a/b"}, None),
         ({"x-claude-code-session-id": "stats"}, "user_session_nothing"),
         ({}, '{"session_id": 7}'),

@@ -288,3 +288,14 @@ async def test_usage_that_is_missing_or_wrong_is_estimated(chat: Chat, upstream:
     for turn in await chat.turns():
         assert turn["usage"]["input_tokens"] > 0
         assert turn["usage"]["output_tokens"] > 0
+
+
+async def test_figures_that_nobody_knows_harm_no_answer(chat: Chat, upstream: TestUpstream) -> None:
+    odd = {"strange_tokens": -3, "odd_tokens": 10**18, "service_tier": 7}
+    upstream.script({"text": "hi", "usage": odd}, {"text": "hi", "usage": odd})
+    assert await chat.say("Hello") == "hi"
+    assert events_of(await chat.stream_whole("Hello"))[-1][0] == "message_stop"
+    metrics = (await chat.http.get("/metrics")).text
+    assert 'type="output"' in metrics
+    assert "strange" not in metrics
+    assert 'type="odd"' not in metrics
