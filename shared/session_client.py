@@ -15,7 +15,7 @@ from pydantic_core import from_json
 
 from shared import wire
 from shared.discovery import Instance, Instances
-from shared.errors import NotInitialized, ServiceError, SessionServiceUnavailable, decode
+from shared.errors import Internal, NotInitialized, ServiceError, SessionServiceUnavailable, Unauthorized, decode
 from shared.http_client import SLICE_BYTES, http_client, in_slices, was_not_sent
 from shared.json import dumps
 
@@ -23,6 +23,7 @@ log = structlog.get_logger(__name__)
 
 _FIRST_INSTANCE_SECONDS: Final = 3.0
 _MAX_TRIES: Final = 3
+_NOT_THE_CALLERS: Final = frozenset({ServiceError, Internal, Unauthorized})
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -208,12 +209,17 @@ def _if_match(version: int | None) -> dict[str, str]:
 
 
 def _failure(response: httpx.Response, instance: Instance) -> ServiceError:
+    """The error that the answer tells; one that is about the service itself, or not in the contract, is an outage."""
     try:
         body = from_json(response.content)
     except ValueError:
         log.warning("session_service_answer_unreadable", instance=instance.url, status=response.status_code)
         body = None
-    return decode(response.status_code, body, response.headers.get("retry-after"))
+    error = decode(response.status_code, body, response.headers.get("retry-after"))
+    if type(error) in _NOT_THE_CALLERS:
+        log.error("session_service_failed", instance=instance.url, status=response.status_code, code=error.code)
+        return SessionServiceUnavailable(retry_after_seconds=1)
+    return error
 
 
 def _decoded(model: type[Answer], response: httpx.Response) -> Answer:
