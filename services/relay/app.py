@@ -7,6 +7,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 from uuid_utils import uuid7
 
@@ -65,7 +66,7 @@ from shared import __version__
 from shared.database import Database
 from shared.description import describe
 from shared.discovery import Instances
-from shared.door import BodyRules, Door
+from shared.door import BodyRules, Door, client_gone
 from shared.errors import Internal, MethodNotAllowed, NotFound, ServiceError
 from shared.service import Lifecycle
 from shared.session_client import SessionClient
@@ -102,6 +103,7 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientDisconnect, client_gone)
     app.add_exception_handler(Exception, _on_fault)
     rules = BodyRules(settings.relay_max_body_bytes, settings.body_timeout_seconds)
     return Door(app, rules=rules, duration=state.metrics.duration, admit=check_path, render=render)

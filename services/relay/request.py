@@ -74,7 +74,7 @@ def read(content: bytes, *, default_max_tokens: int | None) -> ClaudeRequest:
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise InvalidRequest.at("model", "must be a non-empty string")
-    if "stream" in body and not isinstance(body["stream"], bool):
+    if not isinstance(body.get("stream"), bool | None):
         raise InvalidRequest.at("stream", "must be true or false")
     _check_messages(body.get("messages"))
     session_id = _take_session_id(body)

@@ -1,11 +1,13 @@
 """Requests that cannot be served: 400 naming the field, nothing stored, upstream not asked."""
 
+import asyncio
 import json
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.processes import Process
 from tests.relay.calls import Chat, error_of, user
 from tests.upstream.client import TestUpstream
 
@@ -95,6 +97,28 @@ async def test_a_body_over_the_limit(chat: Chat, chat_at: Any, make_relay: Any) 
     answer = await small.ask("x" * 3000)
     error_of(answer, 413, "request_too_large")
     assert await small.stored() == []
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_body(chat: Chat, relay: Process) -> None:
+    """Nothing is wrong with the relay then, and its log says nothing else."""
+    before = len(relay.logged())
+    reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
+    head = f"POST /v1/messages HTTP/1.1\r\nhost: relay\r\nx-api-key: {chat.http.headers['x-api-key']}\r\n"
+    writer.write(f"{head}content-length: 1000\r\n\r\n{{".encode())
+    await writer.drain()
+    await asyncio.sleep(0.1)
+    writer.close()
+    async with asyncio.timeout(5):
+        while '"status": 499' not in (logged := relay.logged()[before:]):
+            await asyncio.sleep(0.02)
+    assert "unhandled_error" not in logged
+    assert await reader.read() == b""
+
+
+async def test_nulls_where_nothing_is_wished_for(chat: Chat, upstream: TestUpstream) -> None:
+    body = GOOD | {"stream": None, "max_tokens": None, "metadata": None}
+    assert (await chat.http.post("/v1/messages", json=body)).status_code == 200
+    assert upstream.requests()[0]["json"] == body | {"max_tokens": 4096}
 
 
 async def test_unknown_paths_and_methods(chat: Chat) -> None:
