@@ -35,6 +35,7 @@ from services.relay.errors import Interrupted, RelayError
 from services.relay.history import Opened
 from services.relay.idempotency import Replay
 from services.relay.interruption import Interruption
+from services.relay.key_limits import Used
 from services.relay.once import Once
 from services.relay.outcomes import Ended
 from services.relay.parts import Caller, Parts, Reply
@@ -139,22 +140,41 @@ class Turn:
         wishes = history.Wishes.of(self._caller.headers, parts.settings)
         array = history.Array.of(self._request)
         async with AsyncExitStack() as held:
-            ours = parts.sides.session_of(self._caller.key.user_id, choice, array.first)
-            key = await held.enter_async_context(ours)
             deadline = monotonic() + wishes.wait_seconds
             async with self._interruption.watched():
+                ours = parts.sides.session_of(self._caller.key.user_id, choice, array.first)
+                key = await held.enter_async_context(ours)
                 await held.enter_async_context(parts.lines.place(key, wait_seconds=wishes.wait_seconds))
                 await held.enter_async_context(self._entry.place())
             await parts.spool.settle(key)
             opening = history.Opening(key, choice, array, wishes, self._request.continuation)
             if began is not None:
                 opening = replace(opening, earlier=began.earlier, announce=began.opening)
-            opened = await self._opened(opening, wait_seconds=max(0.0, deadline - monotonic()))
+            opened = await self._opened(opening, held, wait_seconds=max(0.0, deadline - monotonic()))
             lease = asyncio.create_task(leases.keep(parts.sessions, opened, parts.settings.relay_lease_seconds))
             held.callback(lease.cancel)
             yield opened
 
-    async def _opened(self, opening: history.Opening, *, wait_seconds: float) -> Opened:
+    async def _opened(self, opening: history.Opening, held: AsyncExitStack, *, wait_seconds: float) -> Opened:
+        """The turn, open. Who is given up meanwhile, perhaps behind another relay's turn, is in nobody's way."""
+        if self._interruption.is_set:
+            raise Interrupted
+        task = asyncio.create_task(self._open(opening, wait_seconds=wait_seconds))
+        try:
+            async with self._interruption.watched():
+                opened = await asyncio.shield(task)
+        except Interrupted:  # the store may be opening it just now: it is awaited, and taken back
+            await held.aclose()
+            self._entry.leave()
+            await self._bill.settle(Used())
+            opened = await task
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        structlog.contextvars.bind_contextvars(turn_id=opened.turn.turn_id)
+        return opened
+
+    async def _open(self, opening: history.Opening, *, wait_seconds: float) -> Opened:
         limit = self._parts.session_limit
         await limit.check(opening.key, is_new=opening.choice.kind == "fresh")
         try:
@@ -163,7 +183,6 @@ class Turn:
         finally:
             limit.leave(opening.key)
         self._delivery.opened(session_ids.encoded(opened.key.session_id), opened.turn.turn_id)
-        structlog.contextvars.bind_contextvars(turn_id=opened.turn.turn_id)
         return opened
 
     async def _serve_alone(self, began: Once | None) -> str:

@@ -12,7 +12,8 @@ import pytest
 import pytest_asyncio
 
 from tests.processes import Process, ServiceProcess, free_port, start_session_service
-from tests.relay.calls import Chat, Json, error_of, start_relay, text_of, upstream_settings
+from tests.relay.calls import Chat, Json, assistant, error_of, start_relay, text_of, upstream_settings
+from tests.relay.stack import frozen, stack_of
 from tests.upstream.client import TestUpstream
 
 PATH = "/v1/messages"
@@ -304,3 +305,37 @@ async def test_a_busy_session_may_be_refused_at_once(
     assert (await two.ask("it is free", headers=headers, stream=streams)).status_code == 200
     asked = [content for role, content in await one.history() if role == "user"]
     assert asked == ["it is free", "hold", "it is free"]
+
+
+async def test_who_leaves_behind_another_relays_turn_is_in_nobodys_way(
+    pair: tuple[Chat, Chat], upstream: TestUpstream
+) -> None:
+    """Its place is free within a second, however long that turn goes on, and nothing of it is in the conversation."""
+    one, two = pair
+    async with held(one, upstream):
+        asking = asyncio.create_task(two.ask("too late"))
+        await until_busy(two, 1, 0)
+        asking.cancel()
+        await until_busy(two, 0, 0, seconds=1)
+        assert [turn["status"] for turn in await one.turns()] == ["open"]
+    await two.say("another")
+    assert [content for role, content in await one.history() if role == "user"][1:] == ["another"]
+
+
+async def test_who_leaves_while_the_store_says_nothing_is_in_nobodys_way(
+    own_database: str, upstream: TestUpstream, tmp_path: Path
+) -> None:
+    async with stack_of(own_database, upstream, tmp_path) as stack:
+        chat = stack.chat()
+        await chat.say("Hello")
+        with frozen(stack.store.pid):
+            body = chat.body("implied") | {"metadata": {}}
+            for streams in (False, True):
+                named = asyncio.create_task(chat.ask("u1", assistant("a"), "u2", stream=streams))
+                implied = asyncio.create_task(chat.http.post(PATH, json=body, headers={"session-id": "s"}))
+                await until_busy(chat, 1, 1)
+                named.cancel()
+                implied.cancel()
+                await until_busy(chat, 0, 0, seconds=1)
+        await chat.say("Goodbye")
+        assert [content for role, content in await chat.history() if role == "user"][-1:] == ["Goodbye"]
