@@ -193,7 +193,8 @@ def _example(schema: Any, text: str, depth: int = 0) -> Any:
         return schema["enum"][0]
     kind = schema.get("type")
     if kind == "object" or "properties" in schema:
-        properties = schema.get("properties") or {}
-        wanted = schema.get("required") or list(properties)
+        properties, required = schema.get("properties"), schema.get("required")
+        properties = properties if isinstance(properties, dict) else {}
+        wanted = _strings(required) if isinstance(required, list) and required else properties
         return {name: _example(properties.get(name), text, depth + 1) for name in wanted}
     return {"string": _shortened(text), "integer": 1, "number": 1.0, "boolean": True, "array": []}.get(str(kind))

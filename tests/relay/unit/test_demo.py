@@ -235,3 +235,8 @@ async def test_odd_content_does_not_break_it() -> None:
     assert await say("\ud800\0 my name is \ud800")
     assert await say([{"type": "text"}, {"type": "text", "text": 7}, "x", {"type": "of_the_future"}])
     assert await say([])
+    odd = [{"properties": 5, "required": ["q"]}, {"properties": {"q": 1}, "required": 7}, {"type": "object"}, 5, None]
+    for schema in odd:
+        tools = [{"name": "t", "input_schema": schema}]
+        _, message = await send(body("hi", tools=tools, tool_choice={"type": "tool", "name": "t"}))
+        assert message["content"][0]["name"] == "t"
