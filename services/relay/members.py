@@ -57,8 +57,10 @@ class Member:
         self.reason = account.cooldown_reason if account.enabled else "disabled"
 
     @property
-    def was_disabled_by_admin(self) -> bool:
-        return not self.enabled and self.account.disabled_reason == accounts.BY_ADMIN
+    def could_be_tried(self) -> bool:
+        """Whether upstream has, or may have, said something of it; not of one that only an administrator can change."""
+        is_by_admin = not self.enabled and self.account.disabled_reason == accounts.BY_ADMIN
+        return self.upstream is not None and not is_by_admin
 
     def state(self, now: float) -> Literal["active", "cooling", "disabled"]:
         if not self.enabled or self.upstream is None:

@@ -232,7 +232,7 @@ class Pool:
         if not candidates:
             return ModelNotServed()
         now = monotonic()
-        there = [obstacle for each in candidates if not each.was_disabled_by_admin and (obstacle := each.obstacle(now))]
+        there = [obstacle for each in candidates if each.could_be_tried and (obstacle := each.obstacle(now))]
         soonest = min((seconds for _, seconds in there), default=FOREVER)
         wait = _NO_ACCOUNT_SECONDS if soonest == FOREVER else soonest
         reasons = {reason for reason, _ in there}

@@ -413,6 +413,11 @@ async def test_why_an_account_is_not_eligible(stage: Stage, sql: asyncpg.Connect
 
     await until(is_unreadable)
     error_of(await stage.ask(), 529, "overloaded_error")
+    await stage.add("c")
+    stage.script("c", {"status": 429, "headers": {"retry-after": "60"}})
+    for _ in range(2):  # of those that could be tried, every one is rate-limited
+        error_of(await stage.ask(), 429, "rate_limit_error")
+    await stage.delete("c")
     told = await stage.post("a", "test")
     assert (told["ok"], told["status"]) == (False, None)
     answer = await stage.operator.call("PATCH", f"/{stage.id('a')}", json={"proxy_url": PROXY})
