@@ -97,6 +97,8 @@ async def test_so_many_are_served_so_many_wait_and_the_rest_are_sent_away(
                 for streams in (False, True):
                     answer = await chat.http.post(path, json=late.body("too many", stream=streams))
                     assert sent_away(answer) == 1
+            counted = await chat.http.post(f"{PATH}/count_tokens", json=late.body("too many"))
+            assert sent_away(counted) == 1
             assert len(upstream.requests(PATH)) == 2
         # One place is free now, and serves both who wait.
         answers = await asyncio.gather(*waiting)

@@ -458,18 +458,19 @@ async def test_a_success_ends_a_row_of_failures(stage: Stage) -> None:
 # ── clients that hang up ────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "stream", "count"])
 async def test_a_client_that_hangs_up_frees_slot_and_connection(
-    stage: Stage, sql: asyncpg.Connection, stream: bool
+    stage: Stage, sql: asyncpg.Connection, kind: str
 ) -> None:
     """Within a second; the account is not blamed, and its only slot is there for the next."""
     await stage.add("a", max_concurrency=1)
-    stage.script("a", {"hang_seconds": 30, "after_events": 5} if stream else {"hang_seconds": 30})
+    path = "/v1/messages/count_tokens" if kind == "count" else "/v1/messages"
+    body = stage.request(stream=kind == "stream")
+    step = {"hang_seconds": 30, "match": {"api_key": stage.key("a"), "path": path}}
+    stage.script("a", step | ({"after_events": 5} if kind == "stream" else {}))
 
     async def left() -> None:
-        async with stage.operator.http.stream(
-            "POST", "/v1/messages", json=stage.request(stream=stream), headers=ALONE
-        ) as answer:
+        async with stage.operator.http.stream("POST", path, json=body, headers=ALONE) as answer:
             await answer.aread()
 
     with pytest.raises((asyncio.TimeoutError, httpx.HTTPError)):

@@ -349,6 +349,20 @@ async def test_a_long_session_is_summarised_piece_by_piece_and_in_smaller_ones_w
     assert (told["session_summary"], told["summary_to_seq"]) == (f"part {len(pieces) - 2}", 42)
 
 
+async def test_a_client_that_hangs_up_gets_no_summary(place: Place) -> None:
+    chat = place.chat()
+    await chat.say("Hi")
+    place.upstream.script({**IS_SUMMARY, "hang_seconds": 60})
+    asking = asyncio.create_task(chat.http.post(f"{chat.path}/summarize"))
+    await place.upstream.until(lambda state: state["running"] == 1)
+    asking.cancel()
+    await place.upstream.until(lambda state: state["running"] == 0, seconds=1)
+    place.upstream.script({**IS_SUMMARY, "text": "At once."})
+    async with asyncio.timeout(10):
+        told = (await chat.http.post(f"{chat.path}/summarize")).json()
+    assert told["session_summary"] == "At once."
+
+
 async def test_what_a_key_may_ask_and_use_holds_on_demand(place: Place) -> None:
     limits = {"rateLimitWindow": 10, "rateLimitRequests": 1, "allowedModels": [MODEL]}
     made = await place.clients[0].post(

@@ -11,7 +11,7 @@ from services.relay.keys import Key
 from services.relay.parts import Caller
 from services.relay.routes.parameters import AppState, MessagesKey
 from services.relay.routes.rendering import KIRO_PREFIX, request_id_of
-from services.relay.routes.replies import reply_of
+from services.relay.routes.replies import reply_of, unless_gone
 from shared.door import answer
 
 router = APIRouter(tags=["claude"])
@@ -31,8 +31,13 @@ async def count_tokens(request: Request, state: AppState, key: MessagesKey) -> R
     """The tokens of a request, as upstream counts them; nothing is stored."""
     content = requests.read(await _whole(request), default_max_tokens=None)
     _check_model(key, content.model)
-    ended = await count(state.asking, _caller(request, key), content)
-    return Response(ended.content, ended.status, {"request-id": request_id_of(request.scope)} | ended.headers)
+
+    async def counted() -> Response:
+        async with state.admission.admitted():
+            ended = await count(state.asking, _caller(request, key), content)
+        return Response(ended.content, ended.status, {"request-id": request_id_of(request.scope)} | ended.headers)
+
+    return await unless_gone(request, counted())
 
 
 async def list_models(

@@ -4,7 +4,7 @@ Its one invariant: a turn hears of it, once, when its client goes, before the an
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,18 @@ async def reply_of(turn: Turn, request: Request, *, ping_seconds: float) -> Resp
     if isinstance(content, Pipe):
         return EventStream(_pieces(content, ping_seconds), seen, headers=seen.reply.headers)
     return seen.plain(content, {"request-id": request.state.request_id} | seen.reply.headers)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """What the work gives; it is cut off when its client goes first."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else Response(status_code=_CLIENT_GONE)
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def _pieces(pipe: Pipe, ping_seconds: float) -> AsyncIterator[bytes]:

@@ -8,6 +8,7 @@ from pydantic import Field
 from services.relay.outcomes import Ended
 from services.relay.routes.parameters import AppState, CallerKey, KeyedRoute, MessagesKey, SessionId
 from services.relay.routes.rendering import request_id_of
+from services.relay.routes.replies import unless_gone
 from shared import wire
 from shared.door import answer
 from shared.session_client import SessionKey
@@ -48,13 +49,17 @@ async def summarize_session(
     It covers all visible messages, or those up to `to_seq`. A summary that is there is gone on with; one that covers
     as much already is made anew. Waits for it, two minutes at most.
     """
-    wish = wish or SummaryWish()
+    model, to_seq = (wish.model, wish.to_seq) if wish else (None, None)
     session = SessionKey(key.user_id, session_id)
-    async with state.admission.admitted():
-        made = await state.summaries.make(session, key, model=wish.model, to_seq=wish.to_seq)
-    if isinstance(made, Ended):
-        return Response(made.content, made.status, {"request-id": request_id_of(request.scope)} | made.headers)
-    return answer({name: getattr(made, name) for name in _SUMMARY})
+
+    async def summarized() -> Response:
+        async with state.admission.admitted():
+            made = await state.summaries.make(session, key, model=model, to_seq=to_seq)
+        if isinstance(made, Ended):
+            return Response(made.content, made.status, {"request-id": request_id_of(request.scope)} | made.headers)
+        return answer({name: getattr(made, name) for name in _SUMMARY})
+
+    return await unless_gone(request, summarized())
 
 
 def _shown(session: wire.Session) -> dict[str, Any]:
