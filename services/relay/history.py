@@ -116,8 +116,8 @@ class Array:
 
     @property
     def first(self) -> str:
-        """The hash of the first spoken message."""
-        return self.spoken[0].hash
+        """The hash of the first spoken message; "" where none is."""
+        return self.spoken[0].hash if self.spoken else ""
 
     def hashes(self) -> list[str]:
         return [each.hash for each in self.spoken]

@@ -182,6 +182,12 @@ async def test_figures_are_of_all_relays(stage: Stage, deaf: Operator) -> None:
     await stage.add("b", priority=1)
     both = (stage, stage.at(deaf))
     await until(both[1].is_served)
+
+    async def both_know_b() -> bool:
+        told = [(await each.operator.http.get("/queue/health")).json()["accounts"]["total"] for each in both]
+        return told[0] == told[1]
+
+    await until(both_know_b)
     base = len(stage.asked())
     stage.script("a", {"repeat": 5, "hang_seconds": 30})
     tasks = [asyncio.create_task(both[number % 2].ask()) for number in range(5)]
