@@ -8,7 +8,7 @@ COMPILE := $(UV) pip compile pyproject.toml --universal --python-version 3.11 --
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup start stop restart status logs migrate test ci lint format lock
+.PHONY: help setup start stop restart status logs migrate test fire torture ci lint format lock
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,11 @@ migrate: ## bring the database up to date
 
 test: ## run all tests
 	@$(SCRIPTS)/run_tests.sh
+
+fire: setup ## break things and see what holds; ARGS="kill --kills 60 --seed 1", ARGS=--help
+	@$(VENV)/bin/python -m tests.fire $(ARGS)
+
+torture: fire
 
 ci: ## run everything that must pass: checks and tests
 	@.ci/run

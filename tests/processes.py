@@ -93,11 +93,13 @@ ServiceProcess = Process
 
 
 @contextmanager
-def running(command: list[str], port: int, log: Path, environment: Mapping[str, str]) -> Iterator[Process]:
+def running(
+    command: list[str], port: int, log: Path, environment: Mapping[str, str], *, cwd: Path = ROOT
+) -> Iterator[Process]:
     """The command as a process with only this environment besides PATH and HOME; killed at the end."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     with log.open("ab") as output:
-        popen = subprocess.Popen(command, cwd=ROOT, env={**kept, **environment}, stdout=output, stderr=output)
+        popen = subprocess.Popen(command, cwd=cwd, env={**kept, **environment}, stdout=output, stderr=output)
     process = Process(popen, port, log)
     try:
         yield process

@@ -21,7 +21,7 @@ from tests.upstream.client import TestUpstream
 
 _LONG_AGO = "now() - interval '1 hour'"
 _KEYS_RUN_OUT = f"UPDATE dev.relay_idempotency SET lease_expires_at = {_LONG_AGO} WHERE status = 'running'"
-_RUN_OUT = (
+RUN_OUT = (
     _KEYS_RUN_OUT,
     f"UPDATE dev.session_turns SET lease_expires_at = {_LONG_AGO} WHERE status = 'open'",
     f"UPDATE dev.sessions SET lease_expires_at = {_LONG_AGO} WHERE lease_expires_at IS NOT NULL",
@@ -108,7 +108,7 @@ class Stack:
     async def leases_run_out(self) -> None:
         """As if every lease and slot that is held now had been left by its holder long ago."""
         async with self.sql() as connection:
-            for statement in _RUN_OUT:
+            for statement in RUN_OUT:
                 await connection.execute(statement)
 
     async def check(self) -> None:
