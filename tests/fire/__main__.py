@@ -11,8 +11,9 @@ import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from tests.fire import cuts, kill
+from tests.fire import cuts, kill, rights
 from tests.fire.report import Report
+from tests.fire.world import World, world
 
 Scenario = Callable[[Report, argparse.Namespace], Awaitable[None]]
 
@@ -25,7 +26,13 @@ SCENARIOS: dict[str, tuple[str, Scenario]] = {
         "links that stall, reset and cut, above all after the work is done",
         lambda report, told: cuts.run(report, seconds=told.seconds or 60, seed=told.seed),
     ),
+    "rights": ("every route by every kind of caller", lambda report, _: _in_world(report, rights.run)),
 }
+
+
+async def _in_world(report: Report, run: Callable[[Report, World], Awaitable[None]]) -> None:
+    async with world() as made:
+        await run(report, made)
 
 
 def _arguments() -> argparse.Namespace:
