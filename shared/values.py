@@ -58,6 +58,8 @@ def _id(value: str) -> str:
         raise refusal("An id has no control characters and no '/'")
     if value != value.strip():
         raise refusal("An id has no blanks at its ends")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise refusal("An id has no lone surrogates")
     return value
 
 

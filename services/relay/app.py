@@ -46,7 +46,7 @@ from services.relay.routes import (
     turns,
 )
 from services.relay.routes.conversation_access import check_path
-from services.relay.routes.rendering import on_service_error, render
+from services.relay.routes.rendering import CONVERSATION_ERRORS, ERRORS, on_service_error, render
 from services.relay.run import RunParts
 from services.relay.runs import Runs
 from services.relay.sealing import Sealer
@@ -89,15 +89,16 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
         version=__version__,
         description="The Claude Messages API with sessions that are kept.",
         lifespan=lambda _: running(state),
+        responses=ERRORS,
     )
     app.state.relay = state
     app.state.limits = None
-    for routes in (
-        *(claude, chat, accounts, api_keys, session_pool, sessions, turns, health, front),
-        *(conversations_v1, conversations_v0, runtime, files, sockets),
-    ):
+    for routes in (claude, chat, accounts, api_keys, session_pool, sessions, turns, health, front):
         app.include_router(routes.router)
-    app.include_router(runtime.either)
+    conversations = (conversations_v1, conversations_v0, runtime, files)
+    for router in (*(routes.router for routes in conversations), runtime.either):
+        app.include_router(router, responses=CONVERSATION_ERRORS)
+    app.include_router(sockets.router)
     describe(app)
     _allow_pages(app, settings)
     app.add_exception_handler(ServiceError, on_service_error)

@@ -45,7 +45,7 @@ class _Block:
             self.pieces.setdefault(field, []).append(_expect(delta.get(field), str, str(kind)))
         elif kind == "citations_delta":
             self.pieces.setdefault("citations", []).append(delta.get("citation"))
-        elif kind in _REPLACING_DELTAS:
+        elif str(kind) in _REPLACING_DELTAS:
             self.start.update((key, value) for key, value in delta.items() if key != "type")
 
     def value(self) -> dict[str, Any]:
@@ -113,8 +113,8 @@ class Assembly:
         """Some upstreams send data lines only: there the JSON's `type` is the name, if it is JSON at all."""
         with suppress(ValueError, RecursionError):
             value = _exact_json(data)
-            if isinstance(value, dict) and value.get("type") in self._HANDLERS:
-                self._HANDLERS[value["type"]](self, value)
+            if isinstance(value, dict) and (handle := self._HANDLERS.get(str(value.get("type")))):
+                handle(self, value)
 
     def _start_message(self, data: dict[str, Any]) -> None:
         if self._message is not None:

@@ -54,6 +54,13 @@ async def test_the_field_is_named(chat: Chat, upstream: TestUpstream, field: str
     assert upstream.requests() == []
 
 
+async def test_a_session_id_is_one_that_utf8_can_hold(chat: Chat, upstream: TestUpstream) -> None:
+    content = json.dumps(GOOD | {"metadata": {"session_id": "a\ud800"}})
+    answer = await chat.http.post("/v1/messages", content=content.encode())
+    assert error_of(answer, 400, "invalid_request_error").startswith("metadata.session_id: ")
+    assert upstream.requests() == []
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -79,7 +79,10 @@ def _top_level(body: dict[str, Any], counting: bool) -> Iterator[str]:
             yield "max_tokens: Input should be a valid integer"
         elif limit < 1:
             yield "max_tokens: must be greater than or equal to 1"
-    for name in body.get("metadata") or {}:
+    metadata = body.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        yield "metadata: Input should be a valid dictionary"
+    for name in metadata if isinstance(metadata, dict) else ():
         if name not in _METADATA_FIELDS:
             yield f"metadata.{name}: Extra inputs are not permitted"
     system = body.get("system")

@@ -15,6 +15,7 @@ from services.relay.routes.admin import AdminRoute
 from services.relay.routes.parameters import AppState
 from services.relay.state import State
 from services.relay.upstream import MESSAGES_PATH, UpstreamError, UpstreamRequest
+from shared import values
 from shared.door import answer
 
 router = APIRouter(prefix="/admin/accounts", tags=["accounts"], route_class=AdminRoute)
@@ -27,7 +28,7 @@ _SHOWN: Final = (
     *("failures_in_row", "last_error", "created_at", "updated_at"),
 )
 
-AccountId = Annotated[str, Path(max_length=100)]
+AccountId = Annotated[values.MessageId, Path(max_length=100)]
 
 
 class TryWish(BaseModel):

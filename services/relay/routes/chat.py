@@ -50,7 +50,7 @@ async def create_chat(message: ChatMessage, request: Request, state: AppState, k
     return seen.plain(encode_body(told), _headers(seen.reply, request) | {"content-type": "application/json"})
 
 
-@router.post("/chat/stream")
+@router.post("/chat/stream", responses={200: {"content": {"text/event-stream": {}}}})
 async def create_chat_stream(message: ChatMessage, request: Request, state: AppState, key: ChatKey) -> Response:
     """The same as it is written: `content` events, then one of type `done`, or `error`."""
     turn = _turn(message, request, state, key, stream=True)

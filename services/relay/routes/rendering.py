@@ -4,7 +4,7 @@ all errors of the conversation APIs.
 Its one invariant: every error answer of the relay is made here.
 """
 
-from typing import Final
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -26,6 +26,33 @@ CONVERSATION_PATHS: Final = (
     *("/api/conversations", "/api/v1/app-conversations", "/api/v1/sandboxes", "/api/v1/events"),
     *("/api/file/", "/api/vscode/"),
 )
+_SHAPE: Final[dict[str, Any]] = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+            "required": ["type", "message"],
+        },
+        "request_id": {"type": "string"},
+    },
+    "required": ["type", "error", "request_id"],
+}
+ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    "4XX": {"description": "Refused; the message says why", "content": {"application/json": {"schema": _SHAPE}}},
+    "5XX": {"description": "Not now, or our fault", "content": {"application/json": {"schema": _SHAPE}}},
+}
+"""What the description of every route says of errors."""
+_CONVERSATION_SHAPE: Final[dict[str, Any]] = {
+    "type": "object",
+    "properties": {"detail": {}, "message": {"type": "string"}, "code": {"type": "string"}},
+    "required": ["detail", "message", "code"],
+}
+CONVERSATION_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    status: {**told, "content": {"application/json": {"schema": _CONVERSATION_SHAPE}}}
+    for status, told in ERRORS.items()
+}
 _FORBIDDEN: Final = (403, "forbidden", "账号已被禁用")
 _RATE_LIMIT: Final = (429, "rate_limit", "请求过于频繁")
 _UNAVAILABLE: Final = (503, "service_unavailable", "服务暂不可用：没有可用的Kiro账号")

@@ -81,7 +81,7 @@ def _content_tokens(content: Any) -> int:
     for block in content:
         if not isinstance(block, dict):
             continue
-        if block.get("type") in {"image", "document"}:
+        if block.get("type") in ("image", "document"):
             total += _ATTACHMENT_TOKENS
         elif block.get("type") == "tool_use":
             total += estimate_tokens(json.dumps(block.get("input"), ensure_ascii=False))
@@ -174,9 +174,9 @@ def _tool_result(content: Any) -> str | None:
 def _forced_call(request: dict[str, Any]) -> dict[str, Any] | None:
     """A tool_use when the request leaves no choice, with arguments that fit the tool's schema roughly."""
     choice, tools = request.get("tool_choice"), request.get("tools")
-    if not isinstance(choice, dict) or choice.get("type") not in {"any", "tool"} or not isinstance(tools, list):
+    if not isinstance(choice, dict) or choice.get("type") not in ("any", "tool") or not isinstance(tools, list):
         return None
-    named = [tool for tool in tools if isinstance(tool, dict) and choice.get("name") in {None, tool.get("name")}]
+    named = [tool for tool in tools if isinstance(tool, dict) and choice.get("name") in (None, tool.get("name"))]
     if not named:
         return None
     users = [message["content"] for message in request["messages"] if message["role"] == "user"]

@@ -58,7 +58,7 @@ def start(index: int, block: dict[str, Any]) -> bytes:
     return format_event("content_block_start", {"index": index, "content_block": block})
 
 
-def delta(index: int, kind: str, **fields: Any) -> bytes:
+def delta(index: int, kind: Any, **fields: Any) -> bytes:
     return format_event("content_block_delta", {"index": index, "delta": {"type": kind, **fields}})
 
 
@@ -161,6 +161,8 @@ def test_unknown_things_pass() -> None:
         MESSAGE_START,
         start(0, {"type": "text", "text": ""}),
         delta(0, "delta_of_the_future", value=1),
+        delta(0, ["no", "name"], value=1),
+        b'data: {"type": ["no", "name"]}\n\n',
         delta(0, "text_delta", text="ok"),
         STOP,
         b"event: content_block_delta\ndata: after the end\n\n",

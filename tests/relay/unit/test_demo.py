@@ -240,3 +240,5 @@ async def test_odd_content_does_not_break_it() -> None:
         tools = [{"name": "t", "input_schema": schema}]
         _, message = await send(body("hi", tools=tools, tool_choice={"type": "tool", "name": "t"}))
         assert message["content"][0]["name"] == "t"
+    assert await say("hi", system=[{"type": ["no", "name"], "text": "x"}, {"type": {}}, 7])
+    assert await say("hi", tools=[{"name": ["t"]}], tool_choice={"type": ["any"], "name": []})
