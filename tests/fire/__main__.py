@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from tests.fire import cuts, kill, rights
+from tests.fire import cuts, hostile, kill, rights
 from tests.fire.report import Report
 from tests.fire.world import World, world
 
@@ -25,6 +25,10 @@ SCENARIOS: dict[str, tuple[str, Scenario]] = {
     "cuts": (
         "links that stall, reset and cut, above all after the work is done",
         lambda report, told: cuts.run(report, seconds=told.seconds or 60, seed=told.seed),
+    ),
+    "hostile": (
+        "ten thousand requests that nobody should send, and calls made up from the descriptions",
+        lambda report, told: _in_world(report, lambda report, made: hostile.run(report, made, seed=told.seed)),
     ),
     "rights": ("every route by every kind of caller", lambda report, _: _in_world(report, rights.run)),
 }

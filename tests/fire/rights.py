@@ -175,8 +175,8 @@ def check_coverage(report: Report, service: str, rows: list[Row], routes: list[C
 async def run(report: Report, made: World) -> None:
     check_coverage(report, "relay", RELAY, relay_routes())
     check_coverage(report, "session_service", STORE, store_routes())
-    await _check_relay(report, made, await _prepare(made))
-    await _check_store(report, made, await _prepare(made))
+    await _check_relay(report, made, await prepare(made))
+    await _check_store(report, made, await prepare(made))
 
 
 @dataclass
@@ -187,7 +187,7 @@ class _Owner:
     names: dict[str, str]
 
 
-async def _prepare(made: World) -> _Owner:
+async def prepare(made: World) -> _Owner:
     user = User(f"owner-{uuid.uuid4().hex[:8]}")
     user.key = await made.make_key(user.id)
     names = {"user_id": user.id, "session_id": "same-for-all", "text": f"{user.marker} mine", "model_id:path": "demo"}
@@ -213,14 +213,14 @@ async def _prepare(made: World) -> _Owner:
     return _Owner(user, names)
 
 
-def _filled(value: Any, names: dict[str, str]) -> Any:
+def filled(value: Any, names: dict[str, str]) -> Any:
     if isinstance(value, str):
         for name, text in names.items():
             value = value.replace("{" + name + "}", text)
         return value
     if isinstance(value, dict):
-        return {key: _filled(each, names) for key, each in value.items()}
-    return [_filled(each, names) for each in value] if isinstance(value, list) else value
+        return {key: filled(each, names) for key, each in value.items()}
+    return [filled(each, names) for each in value] if isinstance(value, list) else value
 
 
 async def _send(
@@ -231,8 +231,8 @@ async def _send(
     if row.content:
         sent["content"] = row.content
     elif row.body is not None:
-        sent["json"] = _filled(row.body, names)
-    return await made.http.request(row.method, base + _filled(row.path, names), **sent)
+        sent["json"] = filled(row.body, names)
+    return await made.http.request(row.method, base + filled(row.path, names), **sent)
 
 
 async def _check_relay(report: Report, made: World, owner: _Owner) -> None:

@@ -1,0 +1,27 @@
+"""A part of the corpus, and calls made up from the descriptions."""
+
+from tests.fire import corpus, hostile, rights
+from tests.fire.report import Report
+from tests.fire.world import World
+
+
+async def test_hostile_input(calm: World) -> None:
+    report = Report(quiet=True)
+    with report.of("hostile"):
+        await hostile.run_corpus(report, calm, at_most=600)
+    assert report.is_kept, report.table()
+    assert report.promise(hostile.REFUSED).trials >= 1200
+
+
+async def test_calls_made_up_from_the_descriptions(calm: World) -> None:
+    report = Report(quiet=True)
+    with report.of("hostile"):
+        await hostile.run_schemathesis(report, calm, 2)
+    assert report.is_kept, report.table()
+
+
+def test_every_route_that_takes_something_has_cases() -> None:
+    for rows in (rights.RELAY, rights.STORE):
+        known = {case.row.path for case in corpus.cases(rows)}
+        missing = {row.path for row in rows} - known
+        assert all("kiro" in path or path.startswith(("/docs", "/redoc")) for path in missing), missing
