@@ -29,6 +29,8 @@ _SANE_REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 CLIENT_GONE: Final = 499
 """nginx's status for it; no client ever sees it."""
+_CLOSED: Final = "the handler is closed"
+"""What uvloop says, with a bare RuntimeError, when something is written to a connection that was cut."""
 _LINGER_SECONDS: Final = 3.0
 _QUIET_ROUTES: Final = frozenset({"/health", "/health/live", "/health/ready", "/health/detailed", "/metrics"})
 
@@ -206,7 +208,14 @@ class _Reply:
             await self._send({**message, "more_body": True})
             await self._body.linger()
             message = {"type": "http.response.body", "body": b""}
-        await self._send(message)
+        try:
+            await self._send(message)
+        except RuntimeError as error:
+            if _CLOSED not in str(error):
+                raise
+            # The client has just left; to the server it will be so after this round of the loop.
+            self.status = CLIENT_GONE
+            await asyncio.sleep(0)
 
 
 async def client_gone(_request: object, _error: Exception) -> Response:

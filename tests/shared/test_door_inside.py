@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 from prometheus_client import CollectorRegistry, Histogram
 from starlette.responses import PlainTextResponse, StreamingResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shared.door import BodyRules, Door
 from shared.errors import Conflict, TurnInProgress
@@ -53,6 +53,24 @@ async def test_an_error_that_no_handler_of_the_app_took() -> None:
     assert (answer.status_code, answer.headers["retry-after"]) == (409, "3")
     assert answer.json()["turn_id"] == "t"
     assert answer.headers["x-request-id"]
+
+
+async def test_a_connection_that_was_cut_a_moment_ago_is_no_fault_of_ours() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse("too late")(scope, receive, send)
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+    counts = CollectorRegistry()
+    duration = Histogram("d", "d", ["route", "method", "status"], registry=counts)
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
+    await Door(app, rules=RULES, duration=duration)(scope, receive, send)
+    told = {"route": "unmatched", "method": "GET", "status": "499"}
+    assert counts.get_sample_value("d_count", told) == 1
 
 
 @asynccontextmanager
