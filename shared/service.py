@@ -6,6 +6,7 @@ shutdown part runs only after the port is closed, so registration belongs here.
 
 import asyncio
 import gc
+import resource
 import signal
 import socket
 import sys
@@ -29,6 +30,7 @@ log = structlog.get_logger(__name__)
 KEEP_ALIVE_SECONDS: Final = 75
 """Longer than clients keep idle connections (30 s), so that none is closed under a request on its way."""
 _WATCHERS_SECONDS: Final = 3.0
+_MOST_FILES: Final = 65_536
 
 
 @dataclass(slots=True)
@@ -85,6 +87,7 @@ def run(
     app: ASGIApp, *, name: str, host: str, port: int, settings: SharedSettings, lifecycle: Lifecycle, register: bool
 ) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal stops at once."""
+    _allow_many_connections()
     bound = listen(host, port)
     config = uvicorn.Config(
         app,
@@ -152,6 +155,14 @@ async def _serve(
     await serving
     log.info("stopped", name=name)
     sys.stderr.flush()
+
+
+def _allow_many_connections() -> None:
+    """Room for as many open files as the machine lets us have: by default it is 1,024, and each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _settle_garbage() -> None:
