@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from tests.fire import cuts, hostile, kill, rights
+from tests.fire import cuts, flood, hostile, kill, leaks, rights, slow
 from tests.fire.report import Report
 from tests.fire.world import World, world
 
@@ -29,6 +29,18 @@ SCENARIOS: dict[str, tuple[str, Scenario]] = {
     "hostile": (
         "ten thousand requests that nobody should send, and calls made up from the descriptions",
         lambda report, told: _in_world(report, lambda report, made: hostile.run(report, made, seed=told.seed)),
+    ),
+    "flood": (
+        "ten times what relay is set to serve, and a crowd at the store",
+        lambda report, told: flood.run(report, seconds=told.seconds or 60),
+    ),
+    "slow": (
+        "slow and broken clients, and 10,000 idle connections",
+        lambda report, told: slow.run(report, idle=told.idle),
+    ),
+    "secrets": (
+        "everything that has a secret fails, then it is looked for everywhere",
+        lambda report, _: leaks.run(report),
     ),
     "rights": ("every route by every kind of caller", lambda report, _: _in_world(report, rights.run)),
 }
@@ -51,6 +63,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=0, help="the same in minutes")
     parser.add_argument("--kills", type=int, default=60, help="kills of a kill run, at least (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of all that is random")
+    parser.add_argument("--idle", type=int, default=10_000, help="idle connections of slow (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
     told = parser.parse_args()
     told.seconds = told.seconds or told.minutes * 60

@@ -8,6 +8,7 @@ import time
 from collections import Counter, defaultdict
 from typing import Any
 
+from tests.fire import leaks
 from tests.fire.clients import MARKER, Client, Entry
 from tests.fire.report import Report
 from tests.fire.world import Sql, World
@@ -42,7 +43,7 @@ SELECT s.user_id, s.session_id, s.message_count, s.total_tokens, s.total_cost,
 
 
 async def audit(world: World, clients: list[Client], report: Report, *, held: bool = True) -> None:
-    """Everything is up again and nobody writes; reports what is found. `held`: also waits for what is held to be free.
+    """Everything is up again and nobody writes; reports what is found. `held`: also waits for what is held to be free, and looks for secrets.
 
     What a killed process held is free when its lease has run out, half a minute at most.
     """
@@ -54,6 +55,8 @@ async def audit(world: World, clients: list[Client], report: Report, *, held: bo
         await check_counters(sql, report)
     checked = await asyncio.to_thread(world.fsck)
     report.check(SUMS, (checked.returncode, checked.stdout) == (0, ""), checked.stdout + checked.stderr[-500:])
+    if held:
+        await leaks.scan(report, world)
     for entry in await asyncio.to_thread(world.upstream.requests):
         markers = set(MARKER.findall(entry["body"].decode(errors="replace")))
         report.check(ONE_USER, len(markers) <= 1, f"request {entry['number']}: {sorted(markers)}")
