@@ -1,102 +1,85 @@
-"""python -m benchmarks.appends: does indexing for search, beside the request path, slow appends?
+"""Appends: to many sessions, to one, and how long they take at half of the highest rate."""
 
-Two session_services on databases of their own, one that indexes and one that does not, are loaded in turn by the same
-clients. Prints the rate of each round and the ratio of the medians: there every processor is busy, and what indexing
-takes is missing elsewhere. Then how long appends take at half of that rate, from the moment each was due.
-"""
-
-import argparse
 import asyncio
 import statistics
-import tempfile
-import time
 import uuid
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 
-import httpx
+import asyncpg
 
-from shared.http_client import http_client
-from tests.processes import free_port, start_session_service
+from benchmarks import load, pgbench
+from benchmarks.figures import Findings, alone, at_least, at_most, curve, percentile, share
+from benchmarks.load.store import TEXT
+from benchmarks.stack import Stack
+from benchmarks.statements import Recorder, Script, Seen, script_of
+from services.session_service import creation, messages
+from shared import wire
+from shared.json import dump_text, loads
 
 CONNECTIONS = 32
-TEXT = "The quick brown fox jumps over the lazy dog. 我们使用这个服务来保存对话记录。 " * 3
+_MESSAGE = wire.NewMessage(role="user", content=TEXT, tokens_used=5)
+# A number that no other transaction has: ids may be any text.
+NEXT_ID = ("\\set n :n + 1", "\\set message_id (:base + :client_id) * 100000000 + :n")
 
 
-async def _round(client: httpx.AsyncClient, base: str, seconds: float) -> float:
-    """Appends a second, by 32 connections that each have a session of their own."""
-    user_id = f"user-{uuid.uuid4().hex}"
-    done = 0
-    until = time.monotonic() + seconds
+def recorded(url: str, work: Callable[[Recorder], Awaitable[object]]) -> list[Seen]:
+    """The statements that `work` runs."""
 
-    async def append(session_id: str) -> None:
-        nonlocal done
-        created = await client.post(f"{base}/sessions", json={"user_id": user_id, "session_id": session_id})
-        created.raise_for_status()
-        while time.monotonic() < until:
-            body = {"role": "user", "content": TEXT, "tokens_used": 5}
-            answer = await client.post(f"{base}/sessions/{session_id}/messages", params={"user_id": user_id}, json=body)
-            answer.raise_for_status()
-            done += 1
+    async def record() -> list[Seen]:
+        connection = await asyncpg.connect(url)
+        try:
+            for name in ("json", "jsonb"):
+                await connection.set_type_codec(name, schema="pg_catalog", encoder=dump_text, decoder=loads)
+            recorder = Recorder(connection, "dev")
+            await work(recorder)
+            return recorder.seen
+        finally:
+            await connection.close()
 
-    await asyncio.gather(*(append(f"s{number}") for number in range(CONNECTIONS)))
-    return done / seconds
+    return asyncio.run(record())
 
 
-async def _paced(client: httpx.AsyncClient, base: str, rate: float, seconds: float) -> list[float]:
-    """How long each append took in ms, of so many a second, whether or not the ones before have been answered."""
-    user_id = f"user-{uuid.uuid4().hex}"
-    for number in range(CONNECTIONS):
-        body = {"user_id": user_id, "session_id": f"s{number}"}
-        (await client.post(f"{base}/sessions", json=body)).raise_for_status()
-    started = time.monotonic()
+def _script(url: str, user_id: str, sessions: int) -> Script:
+    """The service's append, to one of so many sessions (each client has one, or all have the same)."""
 
-    async def append(number: int) -> float:
-        due = started + number / rate
-        await asyncio.sleep(max(0.0, due - time.monotonic()))
-        body = {"role": "user", "content": TEXT, "tokens_used": 5}
-        url = f"{base}/sessions/s{number % CONNECTIONS}/messages"
-        (await client.post(url, params={"user_id": user_id}, json=body)).raise_for_status()
-        return (time.monotonic() - due) * 1000
+    async def append(recorder: Recorder) -> None:
+        for number in range(sessions):
+            await creation.create(recorder, wire.CreateSession(user_id=user_id, session_id=str(number)))
+        recorder.seen.clear()
+        await messages.append(recorder, recorder.as_database(), user_id, "0", _MESSAGE)
 
-    return await asyncio.gather(*(append(number) for number in range(int(rate * seconds))))
+    variables = {"session_id": ":session", "message_id_array": "ARRAY[:message_id::TEXT]"}
+    return script_of(recorded(url, append), variables, before=(*NEXT_ID, f"\\set session :client_id % {sessions}"))
 
 
-async def _compare(with_index: str, without: str, rounds: int, seconds: float) -> None:
-    rates: dict[str, list[float]] = {"indexing": [], "not indexing": []}
-    async with http_client(read_seconds=30, connect_seconds=5) as client:
-        for number in range(rounds):
-            for name, base in (("indexing", with_index), ("not indexing", without)):
-                rates[name].append(await _round(client, f"{base}/api/v1", seconds))
-            told = ", ".join(f"{name} {found[-1]:.0f}/s" for name, found in rates.items())
-            print(f"round {number + 1}: {told}")
-        rate = min(map(statistics.median, rates.values())) / 2
-        paced: dict[str, list[float]] = {"indexing": [], "not indexing": []}
-        for _ in range(rounds):
-            for name, base in (("indexing", with_index), ("not indexing", without)):
-                paced[name] += await _paced(client, f"{base}/api/v1", rate, seconds)
-    medians = {name: statistics.median(found) for name, found in rates.items()}
-    ratio = medians["indexing"] / medians["not indexing"]
-    print(f"medians: {medians['indexing']:.0f}/s and {medians['not indexing']:.0f}/s, ratio {ratio:.2f}")
-    for name, found in paced.items():
-        cuts = statistics.quantiles(found, n=100)
-        print(f"at {rate:.0f}/s, {name}: p50 {cuts[49]:.1f} ms, p95 {cuts[94]:.1f} ms, p99 {cuts[98]:.1f} ms")
+def _pgbench(stack: Stack, url: str, script: Script, clients: int) -> float:
+    more = {"n": "0", "base": str(uuid.uuid4().int % 10**8)}
+    return pgbench.run(url, script, stack.folder, clients=clients, seconds=stack.pace.seconds, more=more)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.appends", description=__doc__)
-    parser.add_argument("--one", required=True, help="URL of an empty, migrated database")
-    parser.add_argument("--other", required=True, help="URL of another one")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        with (
-            start_session_service(arguments.one, path, free_port()) as one,
-            start_session_service(arguments.other, path, free_port(), NEWS_INTERVAL_SECONDS="0") as other,
-        ):
-            asyncio.run(_compare(one.url, other.url, arguments.rounds, arguments.seconds))
-
-
-if __name__ == "__main__":
-    main()
+def run(stack: Stack) -> Findings:
+    """Appends to many sessions, to one, and how long they take at half of the highest rate."""
+    found = Findings()
+    url = stack.database()
+    store = stack.store(url)
+    scripts = {sessions: _script(url, f"pgbench-{sessions}", sessions) for sessions in (CONNECTIONS, 1)}
+    many: tuple[list[float], list[float]] = ([], [])
+    one: tuple[list[float], list[float]] = ([], [])
+    load.run("appends", store.url, workers=CONNECTIONS, seconds=stack.pace.seconds / 3)  # warm
+    for _ in range(stack.pace.rounds):
+        for (ours, theirs), sessions, clients in ((many, CONNECTIONS, CONNECTIONS), (one, 1, 1)):
+            plan = {"workers": CONNECTIONS, "sessions": sessions, "seconds": stack.pace.seconds}
+            ours.append(load.run("appends", store.url, **plan).rate)
+            theirs.append(_pgbench(stack, url, scripts[sessions], clients))
+    found.add(share("appends, 32 connections", "/s", many[0], "pgbench, 32 clients", many[1], at_least(0.30, aim=0.40)))
+    found.add(
+        share(
+            "appends, 32 connections, one session", "/s", one[0], "pgbench, 1 client", one[1], at_least(0.40, aim=1.0)
+        )
+    )
+    rate = statistics.median(many[0]) / 2
+    paced = load.run("appends", store.url, workers=CONNECTIONS, seconds=stack.pace.seconds_long, rate=rate)
+    found.add(alone(f"append, p50 at {rate:.0f}/s, open loop", "ms", percentile(paced.ms, 0.50)))
+    found.add(alone(f"append, p99 at {rate:.0f}/s, open loop", "ms", percentile(paced.ms, 0.99), at_most(15)))
+    found.curves["append"] = curve(paced.ms)
+    return found

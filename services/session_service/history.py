@@ -48,7 +48,7 @@ def _count(wanted: Filter) -> Select[Any]:
 
 
 @cache
-def _page(wanted: Filter, order: Direction) -> Select[Any]:
+def page_statement(wanted: Filter, order: Direction) -> Select[Any]:
     by_seq = table.c.seq.asc() if order == "asc" else table.c.seq.desc()
     limit, offset = bindparam("limit", type_=sa.Integer), bindparam("offset", type_=sa.BigInteger)
     return _filtered(COLUMNS, wanted).order_by(by_seq).limit(limit).offset(offset)
@@ -77,7 +77,7 @@ async def list_messages(
     total = await _total(conn, user_id, session_id, wanted)
     offset = (page - 1) * page_size
     rows = await conn.rows(
-        _page(wanted, order), user_id=user_id, session_id=session_id, limit=page_size + 1, offset=offset
+        page_statement(wanted, order), user_id=user_id, session_id=session_id, limit=page_size + 1, offset=offset
     )
     messages = [from_row(row) for row in rows[:page_size]]
     return wire.MessageList.model_construct(

@@ -54,7 +54,7 @@ def _statements() -> Iterator[tuple[str, ClauseElement]]:
     for bucket in ("hour", "day", "month"):
         yield f"stats.LIVE_USAGE.{bucket}", stats.LIVE_USAGE[bucket, True]
     wanted = history.Filter()
-    yield "history.page", history._page(wanted, "asc")
+    yield "history.page", history.page_statement(wanted, "asc")
     yield "history.after", history._beside(wanted, "after")
     yield "history.before", history._beside(wanted, "before")
     for status in (None, "active", "ended"):

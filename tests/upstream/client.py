@@ -36,10 +36,11 @@ class TestUpstream:
         self._control = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
 
     @classmethod
-    def started(cls, port: int = 0) -> Self:
+    def started(cls, port: int = 0, *, log_limit: int = 10_000) -> Self:
         """Starts one on `port`, or on a free one; raises RuntimeError when it does not come up."""
+        numbers = ["--port", str(port), "--log-limit", str(log_limit)]
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.upstream", "--port", str(port), "--exit-with-stdin"],
+            [sys.executable, "-m", "tests.upstream", *numbers, "--exit-with-stdin"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -76,6 +76,9 @@ class Step(_Model):
     chunk_bytes: int | None = Field(default=None, ge=1, description="send the events in pieces of this size")
     raw_events: list[str | Bytes] | None = Field(default=None, description="exactly these bytes instead of the events")
     insert: list[Insert] = []
+    stamped: bool = Field(
+        default=False, description="each event tells when it was sent: `sent_at`, seconds of the monotonic clock"
+    )
 
     # Faults in mid-answer
     after_events: int | None = Field(

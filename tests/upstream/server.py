@@ -7,6 +7,7 @@ but the request.
 import asyncio
 import itertools
 import json
+from time import monotonic
 from typing import Any
 
 from pydantic import ValidationError
@@ -122,6 +123,8 @@ class Server:
         for event in answers.events(message, step):
             if step.event_delay_ms:
                 await exchange.pause(step.event_delay_ms / 1000)
+            if step.stamped:
+                event = event.replace(b"data: {", b'data: {"sent_at":%.6f,' % monotonic(), 1)
             if step.hang_seconds is not None and entry.events_sent == step.after_events:
                 await exchange.pause(step.hang_seconds)
             if entry.events_sent == step.cut_after_events:

@@ -1,0 +1,120 @@
+"""python -m benchmarks: measures the real stack on this machine; nothing here passes or fails by a time."""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks import appends, relay, turns
+from benchmarks.figures import Figure, Findings, markdown, table
+from benchmarks.load import WrongAnswer
+from benchmarks.pgbench import PgbenchFailed
+from benchmarks.stack import LONG, NORMAL, QUICK, Pace, Stack, stack_of
+
+BENCHMARKS: dict[str, Callable[[Stack], Findings]] = {
+    "appends": appends.run,
+    "turns": turns.run,
+    "contexts": turns.contexts,
+    "creates": turns.creates,
+    "latency": relay.added_latency,
+    "streams": relay.streams,
+    "closed": relay.closed_loop,
+    "held": relay.held_streams,
+}
+"""By name, in the order in which they run."""
+_PACKAGES = ("asyncpg", "fastapi", "httpx", "aiohttp", "orjson", "pydantic", "uvicorn", "uvloop")
+
+
+def _arguments() -> argparse.Namespace:
+    told = "\n".join(f"  {name:10} {_told(run)}" for name, run in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog=f"benchmarks:\n{told}\n\nWhat the figures mean stands in docs/performance.md.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which benchmarks (default: all)")
+    pace = parser.add_mutually_exclusive_group()
+    pace.add_argument("--quick", action="store_true", help="a minute in all: shows that it works")
+    pace.add_argument("--long", action="store_true", help="half an hour in all: a million sessions, 100,000 turns")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder of results (%(default)s)")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - BENCHMARKS.keys():
+        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
+    return arguments
+
+
+def _told(run: Callable[[Stack], Findings]) -> str:
+    return (run.__doc__ or "").splitlines()[0]
+
+
+def _conditions(pace: Pace, postgres: str) -> dict[str, Any]:
+    """What the figures were taken on."""
+    return {
+        "taken_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "pace": pace.name,
+        "cpus": psutil.cpu_count(),
+        "cpu": _cpu(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "postgres": postgres,
+        "load_average_before": psutil.getloadavg()[0],
+        "packages": {name: version(name) for name in _PACKAGES},
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _measure(name: str, stack: Stack, figures: list[Figure], curves: dict[str, Any]) -> None:
+    started_at = time.monotonic()
+    with ExitStack() as stack.started:
+        found = BENCHMARKS[name](stack)
+    for figure in found.figures:
+        figure.benchmark = name
+    figures += found.figures
+    curves |= found.curves
+    print(f"{name}: {time.monotonic() - started_at:.0f} s", file=sys.stderr)
+    print(table(found.figures) + "\n", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    arguments = _arguments()
+    pace = QUICK if arguments.quick else LONG if arguments.long else NORMAL
+    figures: list[Figure] = []
+    curves: dict[str, Any] = {}
+    started_at = time.monotonic()
+    try:
+        with stack_of(pace) as stack:
+            conditions = _conditions(pace, stack.run_sql("SHOW server_version"))
+            for name in arguments.names or BENCHMARKS:
+                _measure(name, stack, figures, curves)
+    except (WrongAnswer, PgbenchFailed) as error:
+        print(f"there is no result: {error}", file=sys.stderr)
+        return 1
+    conditions["seconds"] = round(time.monotonic() - started_at)
+    result = {"conditions": conditions, "figures": [each.wire() for each in figures], "curves": curves}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    (arguments.out / "result.md").write_text(markdown(figures))
+    print(table(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

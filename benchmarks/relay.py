@@ -1,0 +1,139 @@
+"""The relay: what it adds to upstream's own time, and how much it does, every turn stored."""
+
+import statistics
+from itertools import chain
+from typing import Any
+
+from benchmarks import load
+from benchmarks.figures import Findings, added, alone, at_least, at_most, curve, percentile, share
+from benchmarks.load import Result
+from benchmarks.stack import UPSTREAM_KEY, USER, Stack, memory_bytes
+from tests.processes import Process
+from tests.upstream.client import TestUpstream
+
+RATES = (50, 100, 200)
+_CLOSED_CONNECTIONS = 16
+_LONG_STREAM_EVENTS = 60
+_EVENT_DELAY_MS = 20
+_STREAMS_AT_ONCE = 10
+_HELD_EVENTS = 20
+_HELD_EVENT_DELAY_MS = 500
+
+
+class _Ways:
+    """The ways to one upstream: through our relay and store, directly, and through a bare pass-through."""
+
+    def __init__(self, stack: Stack) -> None:
+        database_url = stack.database()
+        self.upstream: TestUpstream = stack.upstream()
+        self.store: Process = stack.store(database_url)
+        self.relay: Process = stack.relay(database_url, self.store, self.upstream.url)
+        self.key = stack.key
+        self.bare = stack.module("benchmarks.passthrough", "/ready", UPSTREAM_URL=self.upstream.url)
+
+    def stored(self, work: str, **plan: Any) -> Result:
+        """Through the relay; every turn is stored, and looked for afterwards."""
+        return load.run(work, self.relay.url, api_key=self.key, store=self.store.url, user_id=USER, **plan)
+
+    def direct(self, work: str, **plan: Any) -> Result:
+        return load.run(work, self.upstream.url, api_key=UPSTREAM_KEY, **plan)
+
+    def passed(self, work: str, **plan: Any) -> Result:
+        return load.run(work, self.bare.url, api_key=UPSTREAM_KEY, **plan)
+
+    def warm(self, seconds: float) -> None:
+        for work in ("plain", "stream"):
+            for run in (self.stored, self.direct, self.passed):
+                run(work, workers=4, seconds=seconds)
+
+
+def added_latency(stack: Stack) -> Findings:
+    """Whole answers in an open loop, then streams: what comes on top of upstream's own time."""
+    found = Findings()
+    ways = _Ways(stack)
+    ways.warm(0.3)
+    for rate in RATES:
+        ours: list[list[float]] = []
+        theirs: list[list[float]] = []
+        for _ in range(max(2, stack.pace.rounds)):
+            plan = {"workers": 64, "seconds": stack.pace.seconds, "rate": rate}
+            ours.append(ways.stored("plain", **plan).ms)
+            theirs.append(ways.direct("plain", **plan).ms)
+        p50 = at_most(4)
+        p99 = at_most(25) if rate == max(RATES) else None
+        for name, place, target in (("p50", 0.50, p50), ("p99", 0.99, p99)):
+            values = [percentile(each, place) for each in ours]
+            yardstick = [percentile(each, place) for each in theirs]
+            found.add(added(f"relay, plain, {rate}/s, {name}", "ms", values, "direct", yardstick, target))
+        found.curves[f"relay at {rate}/s"] = curve(list(chain(*ours)))
+        found.curves[f"direct at {rate}/s"] = curve(list(chain(*theirs)))
+    return found
+
+
+def streams(stack: Stack) -> Findings:
+    """Streams of 60 events, one every 20 ms: when the first one comes, and how late each of them is."""
+    found = Findings()
+    ways = _Ways(stack)
+    ways.warm(0.3)
+    ways.upstream.script({"match": {"stream": True}, "repeat": -1, "event_delay_ms": _EVENT_DELAY_MS, "stamped": True})
+    plan = {"workers": _STREAMS_AT_ONCE, "seconds": stack.pace.seconds, "events": _LONG_STREAM_EVENTS}
+    ours, theirs = [], []
+    for _ in range(stack.pace.rounds):
+        ours.append(ways.stored("stream", **plan).extra)
+        theirs.append(ways.direct("stream", **plan).extra)
+    for kind, what, middle, limit in (
+        ("first_event_ms", "relay, stream, first event, p50", statistics.median, 4.0),
+        ("event_delay_ms", "relay, stream, delay of an event, mean", statistics.fmean, 0.5),
+    ):
+        values, yardstick = ([middle(each[kind]) for each in side] for side in (ours, theirs))
+        found.add(added(what, "ms", values, "direct", yardstick, at_most(limit)))
+    for name, side in (("event through the relay", ours), ("event, direct", theirs)):
+        found.curves[name] = curve(list(chain(*(each["event_delay_ms"] for each in side))))
+    return found
+
+
+def closed_loop(stack: Stack) -> Findings:
+    """As much as 16 connections get, beside a bare pass-through."""
+    found = Findings()
+    ways = _Ways(stack)
+    ways.warm(0.5)
+    plan = {"workers": _CLOSED_CONNECTIONS, "seconds": stack.pace.seconds}
+    for work, what, limit, more in (
+        ("plain", "relay, plain, 16 connections", 0.35, {}),
+        ("stream", "relay, streams of 20 events, 16 connections", 0.30, {"events": 20}),
+    ):
+        ours, theirs = [], []
+        for _ in range(stack.pace.rounds):
+            ours.append(ways.stored(work, **plan, **more).rate)
+            theirs.append(ways.passed(work, **plan, **more).rate)
+        found.add(share(what, "/s", ours, "bare pass-through", theirs, at_least(limit)))
+    return found
+
+
+def held_streams(stack: Stack) -> Findings:
+    """Many streams open at once on one relay process: what each takes, and how late events are."""
+    found = Findings()
+    ways = _Ways(stack)
+    ways.warm(0.5)
+    slow = {"repeat": -1, "event_delay_ms": _HELD_EVENT_DELAY_MS, "stamped": True}
+    ways.upstream.script({"match": {"stream": True}, **slow})
+    plan = {
+        "workers": stack.pace.streams,
+        "count": stack.pace.streams,
+        "seconds": 120,
+        "events": _HELD_EVENTS,
+        "watched_pid": ways.relay.pid,
+    }
+    before = memory_bytes(ways.relay)
+    held = ways.stored("stream", **plan)
+    direct = ways.direct("stream", **plan)
+    kib = (held.extra["memory_bytes"] - before) / stack.pace.streams / 1024
+    found.add(alone(f"relay, {stack.pace.streams:,} open streams, memory of each", "KiB", kib, at_most(64)))
+    ours, theirs = (percentile(each.extra["event_delay_ms"], 0.99) for each in (held, direct))
+    what = f"relay, {stack.pace.streams:,} open streams, delay of an event, p99"
+    figure = added(what, "ms", [ours], "direct", [theirs])
+    figure.sign, figure.compared, figure.target = "", ours, at_most(50)
+    found.add(figure)
+    found.curves[f"event, {stack.pace.streams:,} streams, relay"] = curve(held.extra["event_delay_ms"])
+    found.curves[f"event, {stack.pace.streams:,} streams, direct"] = curve(direct.extra["event_delay_ms"])
+    return found
