@@ -8,7 +8,7 @@ COMPILE := $(UV) pip compile pyproject.toml --universal --python-version 3.11 --
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup start stop restart status logs migrate test fire torture ci lint format lock
+.PHONY: help setup start stop restart status logs migrate test fire torture ci lint format bench lock
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,8 +56,12 @@ format: setup ## format the code and repair what can be repaired by itself
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/ruff check --fix .
 
-# The shared packages get the same versions in both files; the note that says so is left out of the second.
+bench: ## measure the real stack, about 5 minutes (BENCH=--quick: 1; BENCH=--help)
+	@$(SCRIPTS)/run_benchmarks.sh $(BENCH)
+
+# The shared packages get the same versions in all files; the note that says so is left out.
 lock: ## write the lock files anew from pyproject.toml (needs uv; newest versions: make lock UPGRADE=--upgrade)
 	$(COMPILE) $(UPGRADE) --extra embedded --extra dev -o requirements-dev.lock
 	$(COMPILE) --extra embedded -c requirements-dev.lock -o requirements.lock
-	@sed -i '/# *-c requirements-dev.lock$$/d' requirements.lock
+	$(COMPILE) --extra embedded --extra dev --extra bench -c requirements-dev.lock -o requirements-bench.lock
+	@sed -i '/# *-c requirements-dev.lock$$/d' requirements.lock requirements-bench.lock

@@ -6,7 +6,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks import appends, relay, turns
+from benchmarks import appends, lists, plots, process, relay, turns
 from benchmarks.figures import Figure, Findings, markdown, table
 from benchmarks.load import WrongAnswer
 from benchmarks.pgbench import PgbenchFailed
@@ -29,6 +28,10 @@ BENCHMARKS: dict[str, Callable[[Stack], Findings]] = {
     "streams": relay.streams,
     "closed": relay.closed_loop,
     "held": relay.held_streams,
+    "lists": lists.run,
+    "memory": process.memory,
+    "start": process.start,
+    "indexing": process.indexing,
 }
 """By name, in the order in which they run."""
 _PACKAGES = ("asyncpg", "fastapi", "httpx", "aiohttp", "orjson", "pydantic", "uvicorn", "uvloop")
@@ -83,8 +86,7 @@ def _cpu() -> str:
 
 def _measure(name: str, stack: Stack, figures: list[Figure], curves: dict[str, Any]) -> None:
     started_at = time.monotonic()
-    with ExitStack() as stack.started:
-        found = BENCHMARKS[name](stack)
+    found = BENCHMARKS[name](stack)
     for figure in found.figures:
         figure.benchmark = name
     figures += found.figures
@@ -112,7 +114,9 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     (arguments.out / "result.md").write_text(markdown(figures))
+    drawn = plots.draw(result, arguments.out)
     print(table(figures))
+    print(f"\n{arguments.out}: result.json, result.md, {', '.join(path.name for path in drawn)}")
     return 0
 
 

@@ -12,6 +12,7 @@ from benchmarks.figures import Findings, alone, at_least, at_most, curve, percen
 from benchmarks.load.store import TEXT
 from benchmarks.stack import Stack
 from benchmarks.statements import Recorder, Script, Seen, script_of
+from benchmarks.ways import shared
 from services.session_service import creation, messages
 from shared import wire
 from shared.json import dump_text, loads
@@ -60,12 +61,11 @@ def _pgbench(stack: Stack, url: str, script: Script, clients: int) -> float:
 def run(stack: Stack) -> Findings:
     """Appends to many sessions, to one, and how long they take at half of the highest rate."""
     found = Findings()
-    url = stack.database()
-    store = stack.store(url)
+    url, store = shared(stack).database_url, shared(stack).store
     scripts = {sessions: _script(url, f"pgbench-{sessions}", sessions) for sessions in (CONNECTIONS, 1)}
     many: tuple[list[float], list[float]] = ([], [])
     one: tuple[list[float], list[float]] = ([], [])
-    load.run("appends", store.url, workers=CONNECTIONS, seconds=stack.pace.seconds / 3)  # warm
+    load.run("appends", store.url, workers=CONNECTIONS, seconds=60, count=1_000)  # warm
     for _ in range(stack.pace.rounds):
         for (ours, theirs), sessions, clients in ((many, CONNECTIONS, CONNECTIONS), (one, 1, 1)):
             plan = {"workers": CONNECTIONS, "sessions": sessions, "seconds": stack.pace.seconds}

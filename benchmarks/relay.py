@@ -4,54 +4,23 @@ import statistics
 from itertools import chain
 from typing import Any
 
-from benchmarks import load
 from benchmarks.figures import Findings, added, alone, at_least, at_most, curve, percentile, share
-from benchmarks.load import Result
-from benchmarks.stack import UPSTREAM_KEY, USER, Stack, memory_bytes
-from tests.processes import Process
-from tests.upstream.client import TestUpstream
+from benchmarks.stack import Stack, memory_bytes
+from benchmarks.ways import shared
 
 RATES = (50, 100, 200)
 _CLOSED_CONNECTIONS = 16
 _LONG_STREAM_EVENTS = 60
 _EVENT_DELAY_MS = 20
 _STREAMS_AT_ONCE = 10
-_HELD_EVENTS = 20
 _HELD_EVENT_DELAY_MS = 500
-
-
-class _Ways:
-    """The ways to one upstream: through our relay and store, directly, and through a bare pass-through."""
-
-    def __init__(self, stack: Stack) -> None:
-        database_url = stack.database()
-        self.upstream: TestUpstream = stack.upstream()
-        self.store: Process = stack.store(database_url)
-        self.relay: Process = stack.relay(database_url, self.store, self.upstream.url)
-        self.key = stack.key
-        self.bare = stack.module("benchmarks.passthrough", "/ready", UPSTREAM_URL=self.upstream.url)
-
-    def stored(self, work: str, **plan: Any) -> Result:
-        """Through the relay; every turn is stored, and looked for afterwards."""
-        return load.run(work, self.relay.url, api_key=self.key, store=self.store.url, user_id=USER, **plan)
-
-    def direct(self, work: str, **plan: Any) -> Result:
-        return load.run(work, self.upstream.url, api_key=UPSTREAM_KEY, **plan)
-
-    def passed(self, work: str, **plan: Any) -> Result:
-        return load.run(work, self.bare.url, api_key=UPSTREAM_KEY, **plan)
-
-    def warm(self, seconds: float) -> None:
-        for work in ("plain", "stream"):
-            for run in (self.stored, self.direct, self.passed):
-                run(work, workers=4, seconds=seconds)
 
 
 def added_latency(stack: Stack) -> Findings:
     """Whole answers in an open loop, then streams: what comes on top of upstream's own time."""
     found = Findings()
-    ways = _Ways(stack)
-    ways.warm(0.3)
+    ways = shared(stack)
+    ways.warm()
     for rate in RATES:
         ours: list[list[float]] = []
         theirs: list[list[float]] = []
@@ -73,16 +42,17 @@ def added_latency(stack: Stack) -> Findings:
 def streams(stack: Stack) -> Findings:
     """Streams of 60 events, one every 20 ms: when the first one comes, and how late each of them is."""
     found = Findings()
-    ways = _Ways(stack)
-    ways.warm(0.3)
-    ways.upstream.script({"match": {"stream": True}, "repeat": -1, "event_delay_ms": _EVENT_DELAY_MS, "stamped": True})
-    plan = {"workers": _STREAMS_AT_ONCE, "seconds": stack.pace.seconds, "events": _LONG_STREAM_EVENTS}
+    ways = shared(stack)
+    ways.warm()
+    ways.upstream.script(_paced("long-stream", _EVENT_DELAY_MS))
+    plan: dict[str, Any] = {"workers": _STREAMS_AT_ONCE, "seconds": stack.pace.seconds}
+    plan |= {"events": _LONG_STREAM_EVENTS, "model": "long-stream"}
     ours, theirs = [], []
     for _ in range(stack.pace.rounds):
         ours.append(ways.stored("stream", **plan).extra)
         theirs.append(ways.direct("stream", **plan).extra)
     for kind, what, middle, limit in (
-        ("first_event_ms", "relay, stream, first event, p50", statistics.median, 4.0),
+        ("first_text_ms", "relay, stream, first text, p50", statistics.median, 4.0),
         ("event_delay_ms", "relay, stream, delay of an event, mean", statistics.fmean, 0.5),
     ):
         values, yardstick = ([middle(each[kind]) for each in side] for side in (ours, theirs))
@@ -92,11 +62,17 @@ def streams(stack: Stack) -> Findings:
     return found
 
 
+def _paced(model: str, event_delay_ms: float) -> dict[str, Any]:
+    """Upstream's script for streams of this model: events one by one, each with the time when it was sent."""
+    match = {"stream": True, "model": model}
+    return {"match": match, "repeat": -1, "event_delay_ms": event_delay_ms, "stamped": True}
+
+
 def closed_loop(stack: Stack) -> Findings:
     """As much as 16 connections get, beside a bare pass-through."""
     found = Findings()
-    ways = _Ways(stack)
-    ways.warm(0.5)
+    ways = shared(stack)
+    ways.warm()
     plan = {"workers": _CLOSED_CONNECTIONS, "seconds": stack.pace.seconds}
     for work, what, limit, more in (
         ("plain", "relay, plain, 16 connections", 0.35, {}),
@@ -113,15 +89,15 @@ def closed_loop(stack: Stack) -> Findings:
 def held_streams(stack: Stack) -> Findings:
     """Many streams open at once on one relay process: what each takes, and how late events are."""
     found = Findings()
-    ways = _Ways(stack)
-    ways.warm(0.5)
-    slow = {"repeat": -1, "event_delay_ms": _HELD_EVENT_DELAY_MS, "stamped": True}
-    ways.upstream.script({"match": {"stream": True}, **slow})
+    ways = shared(stack)
+    ways.warm()
+    ways.upstream.script(_paced("held-stream", _HELD_EVENT_DELAY_MS))
     plan = {
         "workers": stack.pace.streams,
         "count": stack.pace.streams,
         "seconds": 120,
-        "events": _HELD_EVENTS,
+        "model": "held-stream",
+        "events": stack.pace.held_events,
         "watched_pid": ways.relay.pid,
     }
     before = memory_bytes(ways.relay)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import psutil
 from shared import embedded_postgres
 from tests.conftest import migrate
 from tests.processes import Process, free_port, running, start_session_service
-from tests.relay.calls import UPSTREAM_KEY, start_relay, upstream_settings
+from tests.relay.calls import start_relay, upstream_settings
 from tests.upstream.client import TestUpstream
 
 USER = "dev"
@@ -40,6 +40,7 @@ class Pace:
     turns: int
     sessions: int
     long_session: int
+    held_events: int = 24
 
     @property
     def seconds_long(self) -> float:
@@ -47,19 +48,19 @@ class Pace:
         return self.seconds * 2
 
 
-QUICK = Pace("quick", rounds=1, seconds=0.8, streams=200, turns=1_500, sessions=5_000, long_session=2_000)
-NORMAL = Pace("normal", rounds=3, seconds=2.5, streams=1_000, turns=8_000, sessions=100_000, long_session=100_000)
+QUICK = Pace("quick", rounds=1, seconds=0.7, streams=100, turns=300, sessions=3_000, long_session=1_500, held_events=16)
+NORMAL = Pace("normal", rounds=3, seconds=2.5, streams=1_000, turns=5_000, sessions=100_000, long_session=100_000)
 LONG = Pace("long", rounds=5, seconds=5, streams=1_000, turns=100_000, sessions=1_000_000, long_session=100_000)
 
 
-@dataclass
+@dataclass(eq=False)
 class Stack:
-    """Databases and processes of one run, in `folder`."""
+    """One run's Postgres and its databases, in `folder`; what is in `kept` lives as long as the run."""
 
     folder: Path
     pace: Pace
     postgres_url: str
-    started: ExitStack
+    kept: ExitStack
     _template: str = field(default_factory=lambda: f"template_{uuid.uuid4().hex[:8]}")
 
     def run_sql(self, sql: str, url: str | None = None, *arguments: object) -> Any:
@@ -88,32 +89,31 @@ class Stack:
         base, _, query = self.postgres_url.partition("?")
         return f"{base.rsplit('/', 1)[0]}/{name}?{query}"
 
-    def store(self, database_url: str, **settings: str) -> Process:
-        """A session_service on this database, until the benchmark ends."""
-        return self.started.enter_context(
-            start_session_service(database_url, self.folder, free_port(), True, **settings)
-        )
+    def store(self, database_url: str, **settings: str) -> AbstractContextManager[Process]:
+        """A session_service on this database."""
+        return start_session_service(database_url, self.folder, free_port(), True, **settings)
 
     def upstream(self) -> TestUpstream:
-        return self.started.enter_context(TestUpstream.started(log_limit=10))
+        return TestUpstream.started(log_limit=10)
 
-    def relay(self, database_url: str, store: Process, upstream_url: str) -> Process:
+    def relay(self, database_url: str, store: Process, upstream_url: str) -> AbstractContextManager[Process]:
         """A relay in front of this upstream; its development key is `key`."""
         settings = upstream_settings(upstream_url) | QUIET
-        return self.started.enter_context(start_relay(database_url, store.url, self.folder / "relay", settings))
+        return start_relay(database_url, store.url, self.folder / "relay", settings)
 
     @property
     def key(self) -> str:
         return (self.folder / "relay" / "api.key").read_text().strip()
 
-    def module(self, name: str, path: str, **environment: str) -> Process:
+    @contextmanager
+    def module(self, name: str, path: str, **environment: str) -> Iterator[Process]:
         """A process of a module of ours that listens on $PORT and answers 200 at `path` once it is ready."""
         port = free_port()
         command = [sys.executable, "-m", name]
         log = self.folder / f"{name}-{port}.log"
-        process = self.started.enter_context(running(command, port, log, {"PORT": str(port), **environment}))
-        process.wait_until(path)
-        return process
+        with running(command, port, log, {"PORT": str(port), **environment}) as process:
+            process.wait_until(path)
+            yield process
 
 
 @contextmanager
@@ -123,9 +123,11 @@ def stack_of(pace: Pace) -> Iterator[Stack]:
     folder.chmod(0o755)
     data_dir = folder / "postgres"
     try:
-        stack = Stack(folder, pace, embedded_postgres.start(data_dir), ExitStack())
-        stack.make_template()
-        yield stack
+        url = embedded_postgres.start(data_dir)
+        with ExitStack() as kept:
+            stack = Stack(folder, pace, url, kept)
+            stack.make_template()
+            yield stack
     finally:
         embedded_postgres.stop(data_dir)
         shutil.rmtree(folder, ignore_errors=True)
@@ -134,6 +136,3 @@ def stack_of(pace: Pace) -> Iterator[Stack]:
 def memory_bytes(process: Process) -> int:
     """What the process has for itself alone: memory that would be free without it."""
     return int(psutil.Process(process.pid).memory_full_info().uss)
-
-
-__all__ = ["LONG", "NORMAL", "QUICK", "UPSTREAM_KEY", "USER", "Pace", "Stack", "memory_bytes", "stack_of"]

@@ -13,6 +13,7 @@ from benchmarks.figures import Findings, at_least, at_most, curve, percentile, s
 from benchmarks.load.store import TEXT, Turns
 from benchmarks.stack import Stack
 from benchmarks.statements import Recorder, Script, script_of
+from benchmarks.ways import shared
 from services.session_service import batches, completion, turns
 from shared import wire
 
@@ -67,10 +68,10 @@ def _script(url: str, user_id: str) -> Script:
 def run(stack: Stack) -> Findings:
     """Turns opened and completed, with contexts of 20 messages."""
     found = Findings()
-    url = stack.database()
-    store = stack.store(url)
+    url, store = shared(stack).database_url, shared(stack).store
     script = _script(url, "pgbench-turns")
     ours, theirs = [], []
+    load.run("turns", store.url, workers=CONNECTIONS, seconds=60, count=200)  # warm
     for _ in range(stack.pace.rounds):
         ours.append(load.run("turns", store.url, workers=CONNECTIONS, seconds=stack.pace.seconds).rate)
         more = {"n": "0", "base": str(uuid.uuid4().int % 10**8)}
@@ -101,7 +102,7 @@ async def _check(url: str) -> None:
 def contexts(stack: Stack) -> Findings:
     """The context of the last 20 messages, in sessions of three lengths, read one after the other."""
     found = Findings()
-    store = stack.store(stack.database())
+    store = shared(stack).store
     lengths = (20, min(1_000, stack.pace.long_session // 2), stack.pace.long_session)
     for length in lengths:
         plan = {"workers": 1, "seconds": 0, "user_id": "reader", "session_id": f"c{length}", "messages": length}
@@ -140,9 +141,8 @@ def _read_ms(client: httpx.Client, length: int) -> float:
 def creates(stack: Stack) -> Findings:
     """Creating sessions, and getting one with 20 messages, over HTTP."""
     found = Findings()
-    url = stack.database()
-    store = stack.store(url)
-    thin = stack.module("benchmarks.thin", "/ready", DATABASE_URL=url)
+    ways = shared(stack)
+    store, thin = ways.store, ways.thin
     plan = {"workers": 1, "seconds": 0, "user_id": "reader", "session_id": "twenty", "messages": 20}
     load.run("prefill", store.url, **plan)
     for work, what in (("creates", "sessions created"), ("gets", "20 messages of a session, read")):
@@ -151,7 +151,7 @@ def creates(stack: Stack) -> Findings:
         if work == "gets":
             plan |= {"user_id": "reader", "session_id": "twenty"}
         for service in (store, thin):  # warm
-            load.run(work, service.url, **plan | {"seconds": 0.3})
+            load.run(work, service.url, **plan | {"seconds": 60, "count": 200})
         for _ in range(stack.pace.rounds):
             ours.append(load.run(work, store.url, **plan).rate)
             theirs.append(load.run(work, thin.url, **plan).rate)

@@ -53,7 +53,7 @@ class _Chat:
             # Upstream says it again, in pieces of 12 characters, with 30 of its own around it.
             text = text.ljust((events - _OTHER_EVENTS) * _DELTA_CHARACTERS - 30 - 4, ".")
         body: dict[str, Any] = {
-            "model": "test-model",
+            "model": self.plan.get("model", "test-model"),
             "max_tokens": 1000,
             "messages": [{"role": "user", "content": text}],
         }
@@ -102,22 +102,21 @@ class Stream(_Chat):
 
     def __init__(self, plan: dict[str, Any]) -> None:
         super().__init__(plan)
-        self._first_event_ms: list[float] = []
+        self._first_text_ms: list[float] = []
         self._event_delay_ms: list[float] = []
         self._events = 0
         self._open = 0
         self._watch: asyncio.Task[None] | None = None
-        self.extra = {"first_event_ms": self._first_event_ms, "event_delay_ms": self._event_delay_ms}
+        self.extra = {"first_text_ms": self._first_text_ms, "event_delay_ms": self._event_delay_ms}
 
     async def step(self, connections: Connections, worker: int) -> None:
         raw, text = self.request(worker, stream=True)
         asked_at = monotonic()
         self._open += 1
-        if self._open == self.plan.get("count"):
+        if self._open == self.plan.get("count") and "watched_pid" in self.plan:
             self._watch = asyncio.create_task(self._measure())
         answer = await connections.ask(raw)
-        self._first_event_ms.append((answer.pieces[0][0] - asked_at) * 1000)
-        said = b"".join(self._texts(answer))
+        said = b"".join(self._texts(answer, asked_at))
         self.check(answer, said, text)
 
     async def _measure(self) -> None:
@@ -125,13 +124,23 @@ class Stream(_Chat):
         await asyncio.sleep(_UNTIL_ALL_RUN_SECONDS)
         self.extra["memory_bytes"] = psutil.Process(self.plan["watched_pid"]).memory_full_info().uss
 
-    def _texts(self, answer: Answer) -> Iterator[bytes]:
-        """The texts of a stream's deltas; its last event must be the right one."""
+    def _texts(self, answer: Answer, asked_at: float) -> Iterator[bytes]:
+        """The texts of a stream's deltas; its last event must be the right one.
+
+        Only deltas are timed: what comes before the first one a relay may hold until it knows that there is an
+        answer, and what comes after the last one until it has stored it.
+        """
         last, rest = b"", b""
+        is_first = True
         for came_at, piece in answer.pieces:
             *events, rest = (rest + piece).split(b"\n\n")
             for last in events:
                 self._events += 1
+                if not last.startswith(b"event: content_block_delta"):
+                    continue
+                if is_first:
+                    self._first_text_ms.append((came_at - asked_at) * 1000)
+                    is_first = False
                 if _SENT_AT in last:
                     sent_at = float(last.partition(_SENT_AT)[2].partition(b",")[0])
                     self._event_delay_ms.append((came_at - sent_at) * 1000)

@@ -28,7 +28,8 @@ def test_each_fault_is_named(tmp_path: Path) -> None:
     end = runtime.index("\nattrs==")
     (tmp_path / "pyproject.toml").write_text(project.replace('"fastapi>=', '"fastapi>=9').replace('"uvloop', '"orjson'))
     (tmp_path / "requirements.lock").write_text("--index-url https://example.org\n" + runtime[:start] + runtime[end:])
-    shutil.copy(ROOT / "requirements-dev.lock", tmp_path)
+    for other in ("requirements-dev.lock", "requirements-bench.lock"):
+        shutil.copy(ROOT / other, tmp_path)
     done = check(tmp_path)
     assert done.returncode == 1
     for fault in (

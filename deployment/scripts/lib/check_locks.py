@@ -1,6 +1,6 @@
 """Checks the lock files against pyproject.toml, offline. Exit code 1 and a line for each fault.
 
-Both must name no address and give hashes, hold every direct requirement in a version that it allows, hold
+All must name no address and give hashes, hold every direct requirement in a version that it allows, hold
 nothing that was once a direct requirement and is no longer, and agree with each other.
 """
 
@@ -13,7 +13,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[3]
-LOCKS = {"requirements.lock": ["embedded"], "requirements-dev.lock": ["embedded", "dev"]}
+LOCKS = {
+    "requirements.lock": ["embedded"],
+    "requirements-dev.lock": ["embedded", "dev"],
+    "requirements-bench.lock": ["embedded", "dev", "bench"],
+}
 ENTRY = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^ ;\\]+)(?P<rest>.*(?:\n[ ]+.*)*)", re.MULTILINE)
 
 

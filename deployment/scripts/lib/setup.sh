@@ -37,17 +37,22 @@ ensure_venv() { # LOCK FILE
     lock 8 "$ROOT/.data/setup.lock" "installs the Python packages"
     if [[ -x $PY ]] && "$PY" -c '' 2>/dev/null; then
         [[ -r $VENV/.installed ]] && installed=$(<"$VENV/.installed")
-        # requirements-dev.lock holds all of requirements.lock, in the same versions.
-        if [[ $installed != "$(stamp "$lock_file")" && $installed != "$(stamp requirements-dev.lock)" ]]; then
-            fill_venv "$lock_file" "$log"
-        elif [[ $lock_file == requirements-dev.lock && $installed == requirements.lock* ]]; then
-            fill_venv "$lock_file" "$log"
-        fi
+        holds "$installed" "$lock_file" || fill_venv "$lock_file" "$log"
     else
         make_venv "$log"
         fill_venv "$lock_file" "$log"
     fi
     exec 8>&-
+}
+
+# Whether what was installed last holds a lock file: each of these holds all of the one before, in the same versions.
+holds() { # STAMP, LOCK FILE
+    local each found=no
+    for each in requirements.lock requirements-dev.lock requirements-bench.lock; do
+        [[ $each == "$2" ]] && found=yes
+        [[ $found == yes && $1 == "$(stamp "$each")" ]] && return
+    done
+    return 1
 }
 
 stamp() { # LOCK FILE

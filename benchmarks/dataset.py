@@ -1,11 +1,9 @@
-"""python -m benchmarks.load_dataset: fills an empty, migrated database with many sessions and messages, by COPY.
+"""Fills an empty, migrated database with many sessions and messages, by COPY.
 
 Its one invariant: what it loads looks as if the service had written it: counters, search index and sums agree with
 the rows (`python -m services.session_service.fsck` says so).
 """
 
-import argparse
-import asyncio
 import random
 import sys
 import time
@@ -22,64 +20,13 @@ from shared.canonical import message_hash
 DAYS = 365
 PHRASES = 400
 _CHUNK_LINES = 5_000
-_VOCABULARY = [
-    "time",
-    "year",
-    "people",
-    "way",
-    "day",
-    "man",
-    "thing",
-    "woman",
-    "life",
-    "child",
-    "world",
-    "school",
-    "state",
-    "family",
-    "student",
-    "group",
-    "country",
-    "problem",
-    "hand",
-    "part",
-    "place",
-    "case",
-    "week",
-    "company",
-    "system",
-    "program",
-    "question",
-    "work",
-    "government",
-    "number",
-    "night",
-    "point",
-    "home",
-    "water",
-    "room",
-    "mother",
-    "area",
-    "money",
-    "story",
-    "fact",
-    "month",
-    "lot",
-    "right",
-    "study",
-    "book",
-    "eye",
-    "job",
-    "word",
-    "business",
-    "issue",
-    "side",
-    "kind",
-    "head",
-    "house",
-    "service",
-    "friend",
-]
+_WORDS = """
+time year people way day man thing woman life child world school state family student group country problem
+hand part place case week company system program question work government number night point home water room
+mother area money story fact month lot right study book eye job word business issue side kind head house
+service friend
+"""
+_VOCABULARY = _WORDS.split()
 _CHINESE = "我们使用这个服务来保存对话记录并且可以搜索所有的消息今天天气很好请介绍一下数据库索引如何工作谢谢"
 
 
@@ -146,28 +93,12 @@ def _session_lines(size: Size, start: datetime) -> Iterator[str]:
         )
 
 
-_SESSION_COLUMNS = [
-    "user_id",
-    "session_id",
-    "title",
-    "status",
-    "ended_reason",
-    "message_count",
-    "last_seq",
-    "total_tokens",
-    "total_cost",
-    "created_at",
-    "updated_at",
-    "last_activity",
-    "indexed_version",
-    "indexed_seq",
-    "counted",
-    "counted_active",
-    "counted_messages",
-    "counted_tokens",
-    "counted_cost",
-    "counted_to",
-]
+_SESSION_COLUMNS_TEXT = """
+user_id session_id title status ended_reason message_count last_seq total_tokens total_cost created_at
+updated_at last_activity indexed_version indexed_seq counted counted_active counted_messages counted_tokens
+counted_cost counted_to
+"""
+_SESSION_COLUMNS = _SESSION_COLUMNS_TEXT.split()
 
 
 def _message_lines(size: Size, start: datetime, phrases: list[Phrase]) -> Iterator[str]:
@@ -182,22 +113,11 @@ def _message_lines(size: Size, start: datetime, phrases: list[Phrase]) -> Iterat
             )
 
 
-_MESSAGE_COLUMNS = [
-    "user_id",
-    "session_id",
-    "seq",
-    "message_id",
-    "role",
-    "message_type",
-    "content",
-    "tokens_used",
-    "cost_usd",
-    "context_tokens",
-    "context_tokens_reported",
-    "begins_window",
-    "canonical_hash",
-    "created_at",
-]
+_MESSAGE_COLUMNS_TEXT = """
+user_id session_id seq message_id role message_type content tokens_used cost_usd context_tokens
+context_tokens_reported begins_window canonical_hash created_at
+"""
+_MESSAGE_COLUMNS = _MESSAGE_COLUMNS_TEXT.split()
 
 
 def _search_lines(size: Size, phrases: list[Phrase]) -> Iterator[str]:
@@ -278,19 +198,3 @@ async def load(url: str, schema: str, size: Size) -> None:
     finally:
         await connection.close()
     sys.stderr.write(f"loaded in {time.monotonic() - started_at:.0f} s\n")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.load_dataset", description=__doc__)
-    parser.add_argument("--url", required=True, help="of an empty, migrated database")
-    parser.add_argument("--schema", default="dev")
-    parser.add_argument("--sessions", type=int, default=1_000_000)
-    parser.add_argument("--messages", type=int, default=3_000_000)
-    parser.add_argument("--users", type=int, default=20_000)
-    arguments = parser.parse_args()
-    size = Size(arguments.sessions, arguments.messages, arguments.users)
-    asyncio.run(load(arguments.url, arguments.schema, size))
-
-
-if __name__ == "__main__":
-    main()
