@@ -27,7 +27,7 @@ from shared.json import dumps
 TOKEN_COUNTS = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
 _jsonb = JSONB(none_as_null=True)
-CLOSE = (
+_closed = (
     sa.update(table)
     .where(turns.THIS)
     .values(
@@ -44,9 +44,13 @@ CLOSE = (
         completion_hash=bindparam("completion_hash", type_=sa.LargeBinary),
     )
     .returning(*turns.COLUMNS)
+    .cte("closed")
 )
-RELEASE = (
-    sa.update(_session).where(sessions.mine).values(**TOUCHED, lease_expires_at=sa.null()).returning(*sessions.COLUMNS)
+CLOSE = (
+    sa.update(_session)
+    .where(sessions.mine, _session.c.session_id == _closed.c.session_id)
+    .values(**TOUCHED, lease_expires_at=sa.null())
+    .returning(*sessions.COLUMNS, *(column.label(f"turn_{column.name}") for column in _closed.c))
 )
 OUTPUT = (
     select(*messages.COLUMNS)
@@ -91,10 +95,11 @@ async def complete(
             completion_hash=completion_hash,
             **{name: getattr(answer, name) for name in fields},
         )
-        session = sessions.from_row(await conn.row(RELEASE, **locked.key))
         if closed is None:
             raise TurnNotFound  # its user is being erased
-        return wire.TurnCompleted.model_construct(turn=turns.from_row(closed), messages=stored, session=session)
+        values = dict(closed.items())
+        turn = wire.Turn.model_construct(**{name: values.pop(f"turn_{name}") for name in wire.Turn.model_fields})
+        return wire.TurnCompleted.model_construct(turn=turn, messages=stored, session=sessions.from_values(values))
 
     return await writer.transact(work)
 

@@ -35,8 +35,9 @@ _CHUNK: Final = 500
 _visible = and_(mine, table.c.superseded_at.is_(None))
 _is_system = table.c.role == sa.literal_column("'system'")
 
+_SIZE_COLUMNS = (table.c.seq, table.c.role, table.c.context_tokens, table.c.begins_window)
 ENTRIES = (
-    select(table.c.seq, table.c.role, table.c.context_tokens, table.c.begins_window)
+    select(*_SIZE_COLUMNS)
     .where(
         _visible,
         ~_is_system,
@@ -70,7 +71,16 @@ FIRST_VISIBLE = (
     .order_by(table.c.seq)
     .limit(1)
 )
-SYSTEM = select(*_CONTENT_COLUMNS).where(_visible, _is_system).order_by(table.c.seq.desc()).limit(_CHUNK)
+_first = ENTRIES.add_columns(sa.null().cast(sa.Text).label("content")).subquery("first")
+_system = (
+    select(*_SIZE_COLUMNS, table.c.content)
+    .where(_visible, _is_system)
+    .order_by(table.c.seq.desc())
+    .limit(_CHUNK)
+    .subquery("system")
+)
+# The newest messages' sizes and all of the system messages, in no order.
+BEGINNING = sa.union_all(select(*_first.c), select(*_system.c))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +122,12 @@ async def build(conn: Conn, locked: Detail, budget: Budget, *, moves: bool) -> t
 
     `moves` is for an opening turn. Raises ContextTooSmall when the newest user message cannot fit.
     """
-    entries, is_whole = await _entries(conn, locked, budget)
+    entries, is_whole, system_rows = await _entries(conn, locked, budget)
     asked = next((entry for entry in reversed(entries) if entry.role == "user"), None)
     asked_tokens = asked.tokens if asked else 0
     if asked_tokens > budget.max_tokens:
         raise _too_small(asked_tokens, budget)
-    system = await _system(conn, locked, budget, room_tokens=budget.max_tokens - asked_tokens)
+    system = await _system_of(conn, locked, system_rows, budget, room_tokens=budget.max_tokens - asked_tokens)
     limits = Window(
         max_tokens=budget.max_tokens - system.tokens,
         max_messages=None if budget.max_messages is None else budget.max_messages - len(system.seqs),
@@ -154,27 +164,37 @@ def _too_small(needed: int, budget: Budget) -> ContextTooSmall:
     )
 
 
-async def _entries(conn: Conn, locked: Detail, budget: Budget) -> tuple[list[Entry], bool]:
+async def _entries(conn: Conn, locked: Detail, budget: Budget) -> tuple[list[Entry], bool, list[Row]]:
     """Sizes of the newest messages, in order of seq, and whether they reach back to the window's start.
 
-    They reach as far as the budget does, and on to a message of the user's own.
+    They reach as far as the budget does, and on to a message of the user's own. Third, the system messages, newest
+    first.
     """
+    system: list[Row] = []
     newest_first: list[Entry] = []
     used = 0
     below_seq = locked.last_seq + 1
     limit = min(_CHUNK, (budget.max_messages or _CHUNK) + 1)
     while True:
         bounds = {"from_seq": locked.window_start_seq, "below_seq": below_seq, "limit": limit}
-        rows = await conn.rows(ENTRIES, **locked.key, **bounds)
+        if newest_first:
+            rows = await conn.rows(ENTRIES, **locked.key, **bounds)
+        else:
+            found = await conn.rows(BEGINNING, **locked.key, **bounds)
+            found.sort(key=lambda row: row["seq"], reverse=True)
+            rows, system = (
+                [row for row in found if row["role"] != "system"],
+                [r for r in found if r["role"] == "system"],
+            )
         for row in rows:
             entry = Entry(row["seq"], speaker(row["role"]), row["context_tokens"], row["begins_window"])
             newest_first.append(entry)
             used += entry.tokens
             is_over = used > budget.max_tokens or len(newest_first) > (budget.max_messages or len(newest_first))
             if is_over and any(each.begins_window for each in newest_first):
-                return newest_first[::-1], False
+                return newest_first[::-1], False, system
         if len(rows) < limit:
-            return newest_first[::-1], True
+            return newest_first[::-1], True, system
         below_seq, limit = rows[-1]["seq"], _CHUNK
 
 
@@ -189,11 +209,11 @@ def _piece(row: Row) -> Piece:
     )
 
 
-async def _system(conn: Conn, locked: Detail, budget: Budget, *, room_tokens: int) -> _System:
+async def _system_of(conn: Conn, locked: Detail, rows: list[Row], budget: Budget, *, room_tokens: int) -> _System:
     """System messages, summary and memories, in this order of worth, as far as there is room."""
     system = _System([], 0, [], [])
     most = None if budget.max_messages is None else budget.max_messages - 1
-    for row in await conn.rows(SYSTEM, **locked.key):
+    for row in rows:
         fits = system.tokens + row["context_tokens"] <= room_tokens and (most is None or len(system.seqs) < most)
         if fits:
             system.parts.insert(0, row["content"])
@@ -226,7 +246,8 @@ async def _left_out(
     """What the context lacks of the visible history, in order of seq."""
     left_out = [*system.left_out, *done.left_out]
     first_kept = seqs[0] if seqs else locked.last_seq + 1
-    earlier = await conn.row(FIRST_VISIBLE, **locked.key, from_seq=locked.first_seq, below_seq=first_kept)
+    bounds = {"from_seq": locked.first_seq, "below_seq": first_kept}
+    earlier = await conn.row(FIRST_VISIBLE, **locked.key, **bounds) if first_kept > locked.first_seq else None
     if earlier is not None:
         left_out.append(wire.LeftOut(from_seq=earlier["seq"], to_seq=first_kept - 1, reason="before_window"))
     kept = set(seqs)

@@ -17,12 +17,14 @@ from services.session_service.schema import ACTIVE
 from services.session_service.schema import sessions as table
 from services.session_service.sessions import (
     COLUMNS,
+    DETAILS,
     MOMENT,
     NOW,
     SECOND,
     TOUCHED,
     Detail,
     IfVersion,
+    detail_of,
     from_row,
     get,
     lock,
@@ -56,6 +58,9 @@ CREATE = (
     .on_conflict_do_nothing(index_elements=["user_id", "session_id"])
     .returning(*COLUMNS)
 )
+
+# For a transaction that goes on with what it has made.
+CREATE_LOCKED = CREATE.returning(*DETAILS)
 
 REVIVE = (
     sa.update(table)
@@ -127,10 +132,10 @@ async def find_or_create(
             raise
         if if_match is not None:
             if_match.require(None)
-        made = await conn.row(CREATE, user_id=user_id, session_id=session_id, **_values(options))
-        locked = await lock(conn, user_id, session_id)
+        made = await conn.row(CREATE_LOCKED, user_id=user_id, session_id=session_id, **_values(options))
         if made is not None:
-            return locked
+            return detail_of(made)
+        locked = await lock(conn, user_id, session_id)
     if options is not None and options.if_exists == "error":
         raise SessionExists
     if options is not None and options.if_exists in {"restart", "resume"} and locked.session.status == "ended":

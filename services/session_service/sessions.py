@@ -80,7 +80,7 @@ COLUMNS: tuple[ColumnElement[Any], ...] = (
     table.c.parent_session_id,
     table.c.parent_seq,
 )
-_DETAILS = (
+DETAILS = (
     expired.label("is_expired"),
     table.c.last_seq,
     table.c.first_seq,
@@ -96,7 +96,7 @@ _DETAILS = (
 )
 
 GET = select(*COLUMNS).where(mine)
-LOOK = select(*COLUMNS, *_DETAILS).where(mine)
+LOOK = select(*COLUMNS, *DETAILS).where(mine)
 # Keys never change, so that rows that refer to this one need not wait for it.
 LOCK = LOOK.with_for_update(key_share=True)
 EXPIRE = (
@@ -108,7 +108,7 @@ EXPIRE = (
         updated_at=NOW,
         version=table.c.version + 1,
     )
-    .returning(*COLUMNS, *_DETAILS)
+    .returning(*COLUMNS, *DETAILS)
 )
 
 
@@ -184,26 +184,26 @@ async def lock(conn: Conn, user_id: str, session_id: str, if_match: IfVersion | 
     Raises SessionNotFound, or VersionMismatch by `if_match`.
     """
     row = await conn.row(LOCK, user_id=user_id, session_id=session_id)
-    detail = _detail(row)
+    detail = detail_of(row)
     if if_match is not None:
         if_match.require(detail.session)
     if row is not None and row["is_expired"]:
-        detail = _detail(await conn.row(EXPIRE, user_id=user_id, session_id=session_id) or row)
+        detail = detail_of(await conn.row(EXPIRE, user_id=user_id, session_id=session_id) or row)
     return detail
 
 
 async def look(conn: Conn, user_id: str, session_id: str) -> Detail:
     """As `lock`, holding and changing nothing."""
-    return _detail(await conn.row(LOOK, user_id=user_id, session_id=session_id))
+    return detail_of(await conn.row(LOOK, user_id=user_id, session_id=session_id))
 
 
-def _detail(row: Row | None) -> Detail:
+def detail_of(row: Row | None) -> Detail:
     if row is None:
         raise SessionNotFound
     values = dict(row.items())
     values.pop("is_expired")
     left = values.pop("lease_left_seconds")
-    details = {column.name: values.pop(column.name) for column in _DETAILS[1:-1]}
+    details = {column.name: values.pop(column.name) for column in DETAILS[1:-1]}
     return Detail(
         summary_to_seq=values["summary_to_seq"],
         session=from_values(values),

@@ -5,7 +5,7 @@ last can write the answer, once.
 """
 
 import secrets
-from datetime import datetime
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -31,7 +31,7 @@ THIS = and_(mine, table.c.turn_id == bindparam("turn_id"))
 COLUMNS: tuple[ColumnElement[Any], ...] = tuple(table.c[name] for name in wire.Turn.model_fields)
 _lease_seconds = bindparam("lease_seconds", type_=sa.Integer)
 
-OPEN_TURN = (
+_opened = (
     insert(table)
     .values(
         user_id=bindparam("user_id"),
@@ -46,17 +46,18 @@ OPEN_TURN = (
         input_to_seq=bindparam("input_to_seq", type_=sa.Integer),
     )
     .returning(table.c.lease_expires_at)
+    .cte("opened")
 )
-HOLD = (
+OPEN_TURN = (
     sa.update(_session)
     .where(sessions.mine)
     .values(
         **TOUCHED,
         latest_turn_id=bindparam("turn_id", type_=sa.Text),
-        lease_expires_at=bindparam("lease_expires_at", type_=sa.TIMESTAMP(timezone=True)),
+        lease_expires_at=_opened.c.lease_expires_at,
         window_start_seq=bindparam("window_start_seq", type_=sa.Integer),
     )
-    .returning(*sessions.COLUMNS)
+    .returning(*sessions.COLUMNS, _opened.c.lease_expires_at)
 )
 LAST_VISIBLE_ROLE = (
     select(session_messages.c.role)
@@ -91,6 +92,11 @@ async def open_turn(
             await _require_user_last(conn, locked)
         turn_id = request.turn_id or str(uuid7())
         stored = await messages.append_drafts(conn, user_id, session_id, drafts, turn_id=turn_id) or []
+        if request.rewind_to_seq is not None:
+            locked = await sessions.lock(conn, user_id, session_id)
+        elif stored:  # nothing else of what a context is made of has changed
+            locked = replace(locked, last_seq=stored[-1].seq)
+        built, window_start_seq = await context.build(conn, locked, budget, moves=True)
         lease_token = secrets.token_urlsafe(24)
         row = await conn.row(
             OPEN_TURN,
@@ -100,25 +106,15 @@ async def open_turn(
             lease_seconds=request.lease_seconds,
             input_from_seq=stored[0].seq if stored else None,
             input_to_seq=stored[-1].seq if stored else None,
+            window_start_seq=window_start_seq,
         )
-        assert row is not None  # noqa: S101 - an insert returns its row
-        locked = await sessions.lock(conn, user_id, session_id)
-        built, window_start_seq = await context.build(conn, locked, budget, moves=True)
-        lease_expires_at: datetime = row["lease_expires_at"]
-        session = sessions.from_row(
-            await conn.row(
-                HOLD,
-                **locked.key,
-                turn_id=turn_id,
-                lease_expires_at=lease_expires_at,
-                window_start_seq=window_start_seq,
-            )
-        )
+        assert row is not None  # noqa: S101 - the session is locked, so it is there
+        values = dict(row.items())
         return wire.TurnOpened.model_construct(
             turn_id=turn_id,
             lease_token=lease_token,
-            lease_expires_at=lease_expires_at,
-            session=session,
+            lease_expires_at=values.pop("lease_expires_at"),
+            session=sessions.from_values(values),
             messages=stored,
             context=built,
         )
