@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Scope
 
 from services.session_service import news, retention, revision
 from services.session_service.errors import BY_CONSTRAINT
+from services.session_service.gathering import Gathering
 from services.session_service.metrics import Metrics
 from services.session_service.routes import health, memories, messages, search, sessions, stats, transfer, turns
 from services.session_service.settings import SessionServiceSettings
@@ -41,7 +42,9 @@ _RETRY_SECONDS = 1.0
 def create_app(settings: SessionServiceSettings, database: Database, lifecycle: Lifecycle) -> ASGIApp:
     """The ASGI app of one session_service; it opens and closes `database`."""
     metrics = Metrics(settings.revision)
-    state = State(settings, lifecycle, database, metrics, Cached(database, settings.stats_cache_seconds))
+    state = State(
+        settings, lifecycle, database, metrics, Cached(database, settings.stats_cache_seconds), Gathering(database)
+    )
     app = FastAPI(
         title="session_service",
         version=__version__,

@@ -4,6 +4,7 @@ Its one invariant: the seqs of a session are 1, 2, 3 … without a gap or a twin
 are the sums over its rows; one statement, `APPEND`, moves both.
 """
 
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -213,14 +214,31 @@ async def append_drafts(
     return [each.stored(user_id, session_id, first_seq + place, created_at) for place, each in enumerate(drafts)]
 
 
+Gather = Callable[[str, str, Draft], Awaitable[wire.Message | None]]
+"""Stores a message together with others, or gives None."""
+
+
 async def append(
-    writer: Writer, database: Database, user_id: str, session_id: str, message: wire.NewMessage
+    writer: Writer,
+    database: Database,
+    user_id: str,
+    session_id: str,
+    message: wire.NewMessage,
+    gather: Gather | None = None,
 ) -> wire.Message:
     """The message stored. One that was stored before under its message_id is given again.
 
     Raises SessionNotFound, SessionNotActive, TurnInProgress, or MessageExists for another body.
     """
     drafted = draft(message)
+    gathered = await gather(user_id, session_id, drafted) if gather and writer is database else None
+    return gathered or await _append_alone(writer, database, user_id, session_id, drafted)
+
+
+async def _append_alone(
+    writer: Writer, database: Database, user_id: str, session_id: str, drafted: Draft
+) -> wire.Message:
+    message = drafted.message
 
     async def work(conn: Conn) -> wire.Message:
         stored = await append_drafts(conn, user_id, session_id, [drafted])

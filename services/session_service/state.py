@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass, field
 
+from services.session_service.gathering import Gathering
 from services.session_service.idempotency import Running
 from services.session_service.metrics import Metrics
 from services.session_service.settings import SessionServiceSettings
@@ -22,6 +23,7 @@ class State:
     database: Database
     metrics: Metrics
     stats: Cached
+    gathering: Gathering
     lines: Lines = field(default_factory=Lines)
     running: Running = field(default_factory=Running)
     ready: asyncio.Event = field(default_factory=asyncio.Event)

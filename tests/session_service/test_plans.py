@@ -21,6 +21,7 @@ NOUNS = [
     "erasure",
     "export",
     "forks",
+    "gathering",
     "idempotency",
     "imported_rows",
     "completion",

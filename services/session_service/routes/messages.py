@@ -58,7 +58,7 @@ Limit = Annotated[Integer, Query(ge=1, le=1000)]
 async def append_message(
     session_id: SessionId, user_id: UserId, message: wire.NewMessage, writer: Writes, db: Db, state: AppState
 ) -> Response:
-    stored = await messages.append(writer, db, user_id, session_id, message)
+    stored = await messages.append(writer, db, user_id, session_id, message, state.gathering.append)
     state.metrics.appends.inc()
     return answer(stored)
 
