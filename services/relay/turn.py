@@ -211,7 +211,7 @@ class Turn:
             if opened is not None:
                 opened.let_go()
             return await self._ask(self._body, opened)
-        except RelayError as error:
+        except (RelayError, Unavailable) as error:
             return Ended(Answer("failed", error={"type": error.code}), error=error)
         except Exception:
             log.exception("turn_fault")

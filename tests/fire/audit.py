@@ -43,9 +43,10 @@ SELECT s.user_id, s.session_id, s.message_count, s.total_tokens, s.total_cost,
 
 
 async def audit(world: World, clients: list[Client], report: Report, *, held: bool = True) -> None:
-    """Everything is up again and nobody writes; reports what is found. `held`: also waits for what is held to be free, and looks for secrets.
+    """Everything is up again and nobody writes; reports what is found.
 
-    What a killed process held is free when its lease has run out, half a minute at most.
+    With `held` it also waits for what is held to be free, and looks for secrets. What a killed process held is free
+    when its lease has run out, half a minute at most.
     """
     report.say("auditing")
     if held:

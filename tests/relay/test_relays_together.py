@@ -185,7 +185,7 @@ async def test_figures_are_of_all_relays(stage: Stage, deaf: Operator) -> None:
 
     async def both_know_b() -> bool:
         told = [(await each.operator.http.get("/queue/health")).json()["accounts"]["total"] for each in both]
-        return told[0] == told[1]
+        return bool(told[0] == told[1])
 
     await until(both_know_b)
     base = len(stage.asked())
