@@ -39,7 +39,10 @@ async def test_it_says_what_is_where_in_both_languages(http: httpx.AsyncClient) 
     described = (await http.get("/openapi.json")).json()["paths"]
     assert "/" not in described
     named = ["".join(each.itertext()) for each in page.iterfind(".//td/code")]
-    assert set(named) >= {"/v1/messages", "/sessions/{session_id}", "/admin/session-pool/stats"}
+    assert set(named) >= {
+        *("/v1/messages", "/sessions/{session_id}", "/admin/session-pool/stats"),
+        *("/api/v1/app-conversations", "/api/conversations", "/api/file/upload/{path}"),
+    }
     assert set(named) <= set(described)
     chinese = [each for each in page.iter() if each.get("lang") == "zh-CN"]
     captions = [*page.iter("h2"), *page.iterfind("body/p")]
