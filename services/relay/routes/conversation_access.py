@@ -20,6 +20,7 @@ from services.relay.conversations import Conversation
 from services.relay.conversing import Conversing
 from services.relay.errors import BadConversationId, ConversationNotFound, WrongRuntimeKey
 from services.relay.keys import Key
+from services.relay.routes.addresses import address_of
 from services.relay.routes.parameters import AppState, KeyedRoute, caller_or_anonymous
 from services.relay.state import State
 from shared.errors import ValidationFailed
@@ -148,7 +149,7 @@ class EitherRoute(RuntimeRoute):
 
 def base_url(request: Request, state: State) -> str:
     """Where this client reaches the relay."""
-    return state.settings.relay_public_url.rstrip("/") or str(request.base_url).rstrip("/")
+    return state.settings.relay_public_url.rstrip("/") or address_of(request)
 
 
 # ── ids in paths ────────────────────────────────────────────────────────────────────────────────

@@ -4,7 +4,6 @@ Its one invariant: it holds no key, no path of the machine, and nothing from a r
 """
 
 import json
-import re
 import shlex
 from html import escape
 from typing import Final
@@ -13,13 +12,13 @@ from fastapi import APIRouter, FastAPI, Request, Response
 
 from services.relay.accounts import DEMO_MODEL
 from services.relay.pool import Pool
+from services.relay.routes.addresses import address_of
 from services.relay.routes.parameters import AppState
 from services.relay.state import State
 from shared import __version__
 
 router = APIRouter(include_in_schema=False)
 
-_ADDRESS: Final = re.compile(r"(?:[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
 _USUAL_MODEL: Final = "claude-sonnet-4-5"
 _HEADERS: Final = {
     "cache-control": "no-store",
@@ -136,7 +135,7 @@ def _key_hint(state: State) -> list[str]:
 
 def _lines(request: Request, state: State) -> list[tuple[Texts, str]]:
     """Lines for a shell, with what they do."""
-    base, model = f"{_scheme(request)}://{_address(request)}", _model(state.pool)
+    base, model = address_of(request), _model(state.pool)
 
     def get(path: str, *, needs_key: bool = True) -> str:
         return f"curl -s {base}{path}" + (' -H "x-api-key: $RELAY_KEY"' if needs_key else "")
@@ -164,21 +163,6 @@ def _lines(request: Request, state: State) -> list[tuple[Texts, str]]:
         chat = {"message": "你好", "model": model}
         lines.insert(3, (("The same as a simple chat.", "简单的聊天接口。"), post("/api/chat", chat)))
     return lines
-
-
-def _scheme(request: Request) -> str:
-    """https where a proxy in front says so; whoever lies only sees another page."""
-    return "https" if request.headers.get("x-forwarded-proto") == "https" else "http"
-
-
-def _address(request: Request) -> str:
-    """Where the client has found us; what is no address, and might be a command, is not repeated."""
-    named = request.headers.get("host", "")
-    if _ADDRESS.fullmatch(named):
-        return named
-    host, port = request.scope.get("server") or ("127.0.0.1", None)
-    host = f"[{host}]" if ":" in host else host
-    return f"{host}:{port}" if port else host
 
 
 def _model(pool: Pool) -> str:
