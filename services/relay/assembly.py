@@ -80,7 +80,7 @@ class Assembly:
         self._blocks: dict[int, _Block] = {}
 
     def add(self, event: Event) -> None:
-        """Takes one event in. Pings, comments and events of unknown names only count in size.
+        """Takes one event in. Comments and events of unknown names only count in size.
 
         Raises MalformedEvent, and AnswerTooLarge when all events together exceed the limit.
         """
@@ -171,6 +171,9 @@ class Assembly:
             raise MalformedEvent("an event of a content block that is not open")
         return block
 
+    def _hear_ping(self, _: dict[str, Any]) -> None:
+        """It says nothing; one that cannot be read is broken all the same."""
+
     _HANDLERS: ClassVar = {
         "message_start": _start_message,
         "content_block_start": _start_block,
@@ -179,6 +182,7 @@ class Assembly:
         "message_delta": _change_message,
         "message_stop": _stop_message,
         "error": _set_error,
+        "ping": _hear_ping,
     }
 
 
