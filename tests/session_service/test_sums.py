@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,62 @@ async def test_fsck_finds_and_repairs(make_database: Callable[[], str], scratch:
         "turn without its messages",
         "usage differs from the messages",
     }
+
+
+# More of both than are added up when asked for.
+MANY_SESSIONS, MANY_MESSAGES = 5_100, 20_400
+BEGIN = datetime(2026, 2, 20, tzinfo=UTC)
+LOAD = """
+    INSERT INTO dev.sessions (user_id, session_id, last_seq, message_count, total_tokens, total_cost,
+                              created_at, updated_at, last_activity)
+    SELECT 'u', s::text, 4, 4, 8, 1, $1, $1, $1 FROM generate_series(1, $2) s
+"""
+LOAD_MESSAGES = """
+    INSERT INTO dev.session_messages (user_id, session_id, seq, message_id, role, message_type, content, context_tokens,
+        context_tokens_reported, begins_window, canonical_hash, created_at, tokens_used, cost_usd)
+    SELECT 'u', s::text, m, s || '-' || m, 'user', 'chat', 'x', 1, false, true, '', $1::timestamptz
+        + s * interval '11 minutes' + (m - 1) * interval '9 days', 2, 0.25
+    FROM generate_series(1, $2) s, generate_series(1, 4) m
+"""
+COUNTED = """
+    SELECT date_trunc($1, created_at, 'UTC') AS start, count(*) AS messages, sum(tokens_used) AS tokens,
+        sum(cost_usd)::float AS cost, count(DISTINCT session_id) AS active_sessions
+    FROM dev.session_messages WHERE created_at >= $2 AND created_at < $3 AND superseded_at IS NULL GROUP BY 1
+"""
+
+
+async def test_figures_from_the_sums_are_those_of_the_rows(make_database: Callable[[], str], scratch: Path) -> None:
+    """Buckets asked for whole and in part, before and after messages were taken back."""
+    url, chance = make_database(), random.Random(3)
+    db = await asyncpg.connect(url)
+    await db.execute("SET timezone = 'UTC'")
+    await db.execute(LOAD, BEGIN, MANY_SESSIONS)
+    await db.execute(LOAD_MESSAGES, BEGIN, MANY_SESSIONS)
+    with start_session_service(url, scratch, free_port(), STATS_CACHE_SECONDS="0") as service:
+        async with httpx.AsyncClient(base_url=f"{service.url}/api/v1", timeout=30, trust_env=False) as http:
+            await _settled(url)
+            for session in (1, 2500):
+                answer = await http.post(f"/sessions/{session}/rewind", params={"user_id": "u"}, json={"to_seq": 2})
+                assert answer.status_code == 200
+            await http.delete("/sessions/7", params={"user_id": "u"})
+            await _settled(url)
+            for path in ("/sessions/stats", "/users/u/stats"):
+                told = (await http.get(path)).json()
+                assert (told["total_sessions"], told["active_sessions"]) == (MANY_SESSIONS, MANY_SESSIONS - 1)
+                sums = (MANY_MESSAGES - 4, 2 * (MANY_MESSAGES - 4), (MANY_MESSAGES - 4) / 4)
+                assert (told["total_messages"], told["total_tokens"], told["total_cost"]) == sums
+            for _ in range(40):
+                bucket = chance.choice(("hour", "day", "month"))
+                since, until = sorted(BEGIN + timedelta(seconds=chance.randrange(-(10**6), 8 * 10**6)) for _ in "ab")
+                if chance.random() < 0.5:
+                    since = since.replace(minute=0, second=0, hour=chance.choice([0, since.hour]))
+                params = {"bucket": bucket, "from": since.isoformat(), "to": until.isoformat(), "user_id": "u"}
+                for scope in (params, {name: params[name] for name in ("bucket", "from", "to")}):
+                    items = (await http.get("/sessions/stats/usage", params=scope)).json()["items"]
+                    rows = {row["start"]: dict(row) for row in await db.fetch(COUNTED, bucket, since, until)}
+                    found = {datetime.fromisoformat(item.pop("start")): item for item in items}
+                    assert {start: row for start, row in rows.items() if start not in found} == {}
+                    for start, item in found.items():
+                        expected = rows.get(start) or dict.fromkeys(item, 0)
+                        assert item == {name: expected[name] for name in item}, (bucket, since, until, start)
+    await db.close()
