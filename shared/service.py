@@ -29,7 +29,6 @@ log = structlog.get_logger(__name__)
 
 KEEP_ALIVE_SECONDS: Final = 75
 """Longer than clients keep idle connections (30 s), so that none is closed under a request on its way."""
-_WATCHERS_SECONDS: Final = 3.0
 _MOST_FILES: Final = 65_536
 
 
@@ -148,8 +147,9 @@ async def _serve(
             await keeping
         await registration.deregister()
         await agent.close()
-        # Those who watch Consul need a moment to hear of it; until then this port must answer them.
-        await asyncio.wait({serving}, timeout=_WATCHERS_SECONDS)
+    if registration is not None or not settings.is_development:
+        # Those who watch Consul or /health need a moment to hear of it; until then this port must answer them.
+        await asyncio.wait({serving}, timeout=settings.drain_seconds)
     server.should_exit = True
     stopping.cancel()
     await serving

@@ -35,6 +35,7 @@ class SharedSettings(BaseSettings):
     body_timeout_seconds: float = Field(30, gt=0)
     header_timeout_seconds: float = Field(10, gt=0)
     graceful_stop_seconds: float = Field(30, ge=0)
+    drain_seconds: float = Field(3, ge=0, description="A stopping service answers so long as before, for who watches")
 
     @property
     def is_development(self) -> bool:

@@ -191,10 +191,14 @@ def _write(entry: Entry) -> None:
     )
     draft = entry.path.with_suffix(_DRAFT)
     file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(file, "wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
+    try:
+        with os.fdopen(file, "wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError:
+        draft.unlink(missing_ok=True)  # a disk that is full needs no half entries
+        raise
     draft.rename(entry.path)
     _sync_folder(entry.path.parent)
 
