@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from tests.fire import cuts, flood, hostile, kill, leaks, rights, slow
+from tests.fire import cuts, flood, hostile, kill, leaks, operations, rights, slow
 from tests.fire.report import Report
 from tests.fire.world import World, world
 
@@ -43,6 +43,12 @@ SCENARIOS: dict[str, tuple[str, Scenario]] = {
         lambda report, _: leaks.run(report),
     ),
     "rights": ("every route by every kind of caller", lambda report, _: _in_world(report, rights.run)),
+    "rolling": (
+        "instances restarted one after the other under load",
+        lambda report, _: operations.run_rolling(report, clients=32),
+    ),
+    "clocks": ("clocks that jump by an hour", lambda report, _: operations.run_clocks(report)),
+    "disk": ("no room for the spool", lambda report, _: operations.run_full_disk(report)),
 }
 
 

@@ -18,6 +18,7 @@ from tests.processes import ROOT
 
 KILLED = "parts are killed by SIGKILL and started again"
 WEIGHTS = {"store": 5, "relay": 3, "postgres": 4, "consul": 2}
+Kinds = tuple[type[Appender], type[Turner] | None, type[Talker]]
 _CRASHED = "a part that was not killed goes on"
 
 
@@ -61,8 +62,11 @@ async def run(
         report.note(KILLED, **killer.counts, acknowledged=sum(client.done for client in cast))
 
 
-async def make_clients(made: World, doors: Doors, report: Report, count: int, seed: str) -> list[Client]:
+async def make_clients(
+    made: World, doors: Doors, report: Report, count: int, seed: str, kinds: Kinds = (Appender, Turner, Talker)
+) -> list[Client]:
     """Two clients a user. All users use the same session ids: what keeps them apart is whose they are."""
+    appender, turner, talker = kinds
     cast: list[Client] = []
     http = made.http
     for number in range((count + 1) // 2):
@@ -70,13 +74,13 @@ async def make_clients(made: World, doors: Doors, report: Report, count: int, se
         user.key = await made.make_key(user.id, concurrencyLimit=50, totalCostLimit=100_000)
         for place in range(2):
             if number % 3 == 0:
-                cast.append(Appender(http, doors, user, "log", report, f"{seed} {place}"))
-            elif number % 6 == 1:
-                cast.append(Turner(http, doors, user, f"turns-{place}", report, seed))
+                cast.append(appender(http, doors, user, "log", report, f"{seed} {place}"))
+            elif number % 6 == 1 and turner is not None:
+                cast.append(turner(http, doors, user, f"turns-{place}", report, seed))
             else:
-                talker = Talker(http, doors, user, f"talk-{place}", report, seed)
-                talker.streams, talker.sends_everything = place == 0, number % 4 == 0
-                cast.append(talker)
+                one = talker(http, doors, user, f"talk-{place}", report, seed)
+                one.streams, one.sends_everything = place == 0, number % 4 == 0
+                cast.append(one)
     for client in cast:
         await client.prepare()
     return cast[:count]

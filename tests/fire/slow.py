@@ -63,7 +63,7 @@ class Door:
 async def run(report: Report, *, idle: int = 10_000, migrated: Path | None = None) -> None:
     # Most machines start processes with room for 1,024 open files, and let them ask for more.
     few = [shutil.which("prlimit") or "prlimit", f"--nofile={min(1024, idle // 2)}:"]
-    async with world(settings=SETTINGS, migrated=migrated, program=few) as made:
+    async with world(settings=SETTINGS, migrated=migrated, program=lambda _name, _log: few) as made:
         user = User("slow", key=await made.make_key("slow"))
         for door in (_relay_door(made, user), _store_door(made)):
             async with good_client(report, made, user, door.name):

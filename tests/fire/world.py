@@ -1,6 +1,7 @@
 """A whole stack as it runs in production: Postgres, Consul, an upstream, any number of stores and relays.
 
-`migrated` is the folder of a stopped Postgres that has the tables, to be copied; without it one is made.
+`program` gives what a part's command is started by, for its name and log. `migrated` is the folder of a stopped
+Postgres that has the tables, to be copied; without it one is made.
 
 Its one invariant: a part that is started again has the address and the state on disk of the one before. Its secrets
 are known here, so that they can be looked for where they must not be.
@@ -38,6 +39,7 @@ Sql: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 MODEL = "test-model"
 SETTINGS = {
     "LOG_LEVEL": "DEBUG",
+    "DRAIN_SECONDS": "0",
     "DATABASE_TIMEOUT_SECONDS": "3",
     "DATABASE_CONNECT_TIMEOUT_SECONDS": "2",
     "SWEEP_INTERVAL_SECONDS": "1",
@@ -95,7 +97,7 @@ class World:
         with_consul: bool = False,
         source: Path = ROOT,
         settings: dict[str, str] | None = None,
-        program: list[str] | None = None,
+        program: Callable[[str, Path], list[str]] = lambda _name, _log: [],
         migrated: Path | None = None,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="fire-"))
@@ -111,7 +113,7 @@ class World:
         self.upstream_url = ""
         self.store_url = ""
         self._started = ExitStack()
-        self._program = program or []
+        self._program = program
         self._migrated = migrated
         self.store_ports = [free_port() for _ in range(stores)]
         self.relay_ports = [free_port() for _ in range(relays)]
@@ -182,8 +184,8 @@ class World:
     def _service(
         self, module: str, port: int, name: str, environment: dict[str, str]
     ) -> AbstractContextManager[Process]:
-        command = [*self._program, sys.executable, "-m", module]
         log = self.folder / f"{name}.log"
+        command = [*self._program(name, log), sys.executable, "-m", module]
         return running(command, port, log, {**self._environment(), **environment}, cwd=self.source)
 
     async def start(self, name: str, *, wait: bool = True) -> None:
