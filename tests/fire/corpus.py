@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote_from_bytes
 
-from tests.fire.rights import Row
+from tests.fire.rows import SOCKET, Row
 
 BODIES: dict[str, bytes] = {
     "no body": b"",
@@ -161,7 +161,7 @@ class Case:
 def cases(rows: list[Row]) -> Iterator[Case]:
     """All cases of a service. Routes that are the same under another prefix are taken once."""
     for row in rows:
-        if row.path.startswith(("/api/v1/claude-kiro", "/claude-kiro", "/docs", "/redoc")):
+        if row.method == SOCKET or row.path.startswith(("/api/v1/claude-kiro", "/claude-kiro", "/docs", "/redoc")):
             continue
         plain = None if row.body is None else json.dumps(row.body).encode()
         where = f"{row.method} {row.path}"

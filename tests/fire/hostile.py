@@ -17,7 +17,7 @@ from urllib.parse import urlencode
 from tests.fire import corpus, raw, rights
 from tests.fire.corpus import Case
 from tests.fire.report import Report
-from tests.fire.rights import Row
+from tests.fire.rows import Row
 from tests.fire.world import MODEL, Json, Sql, World
 
 REFUSED = "hostile input gets a success or a described refusal, never a fault"

@@ -8,43 +8,22 @@ another user gets, to whom the owner's things do not exist.
 
 import asyncio
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import aiohttp
 import httpx
 
+from tests.fire import conversation_rights
 from tests.fire.clients import MARKER, User
 from tests.fire.report import Report
-from tests.fire.routes import Call, relay_routes, store_routes
+from tests.fire.routes import SOCKET, Call, relay_routes, store_routes
+from tests.fire.rows import ADMIN, ALL, EITHER, KEYED, RUNTIME, Row
 from tests.fire.world import MODEL, Json, World
 
 EVERY_ROUTE = "every route has a row in the table of rights, and every row a route"
 STATUS = "each caller gets the status that the table says"
 NOTHING = "a caller without the right sees and changes nothing"
-
-_ALL = "everyone"
-_ADMIN = "admin"
-_KEYED = "key"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One route. `owner` and `stranger`: the status for the owner, and for another user with all rights of a user."""
-
-    method: str
-    path: str
-    kind: str
-    permission: str | None = None
-    body: Any = None
-    query: dict[str, str] = field(default_factory=dict)
-    owner: int = 200
-    stranger: int = 200
-    content: str = ""
-
-    @property
-    def call(self) -> Call:
-        return self.method, self.path
-
 
 # ── relay ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -55,11 +34,11 @@ _CLAUDE = ("", "/api", "/claude-kiro-oauth", "/api/v1/claude-kiro-oauth")
 
 
 def _public(*paths: str) -> list[Row]:
-    return [Row("GET", path, _ALL) for path in paths]
+    return [Row("GET", path, ALL) for path in paths]
 
 
 def _admin(method: str, path: str, body: Any = None, owner: int = 200) -> Row:
-    return Row(method, path, _ADMIN, body=body, owner=owner)
+    return Row(method, path, ADMIN, body=body, owner=owner)
 
 
 RELAY: list[Row] = [
@@ -69,27 +48,27 @@ RELAY: list[Row] = [
         row
         for prefix in _CLAUDE
         for row in (
-            Row("POST", f"{prefix}/v1/messages", _KEYED, "messages", _ASK),
-            Row("POST", f"{prefix}/v1/messages/count_tokens", _KEYED, "messages", _ASK),
-            Row("GET", f"{prefix}/v1/models", _KEYED, "messages"),
-            Row("GET", f"{prefix}/v1/models/{{model_id:path}}", _KEYED, "messages"),
-            Row("GET", f"{prefix}/v1/turns/{{turn_id}}", _KEYED, stranger=404),
+            Row("POST", f"{prefix}/v1/messages", KEYED, "messages", _ASK),
+            Row("POST", f"{prefix}/v1/messages/count_tokens", KEYED, "messages", _ASK),
+            Row("GET", f"{prefix}/v1/models", KEYED, "messages"),
+            Row("GET", f"{prefix}/v1/models/{{model_id:path}}", KEYED, "messages"),
+            Row("GET", f"{prefix}/v1/turns/{{turn_id}}", KEYED, stranger=404),
         )
     ),
     *(
         row
         for prefix in ("", "/api/v1")
         for row in (
-            Row("GET", f"{prefix}/sessions/{{session_id}}", _KEYED, stranger=404),
-            Row("POST", f"{prefix}/sessions/{{session_id}}/summarize", _KEYED, "messages", {}, stranger=404),
-            Row("POST", f"{prefix}/sessions/{{session_id}}/close", _KEYED, stranger=404),
+            Row("GET", f"{prefix}/sessions/{{session_id}}", KEYED, stranger=404),
+            Row("POST", f"{prefix}/sessions/{{session_id}}/summarize", KEYED, "messages", {}, stranger=404),
+            Row("POST", f"{prefix}/sessions/{{session_id}}/close", KEYED, stranger=404),
         )
     ),
-    Row("POST", "/api/chat", _KEYED, "chat", _CHAT),
-    Row("POST", "/api/chat/stream", _KEYED, "chat", _CHAT),
-    Row("GET", "/api/sessions", _KEYED, "chat"),
-    Row("GET", "/api/sessions/{session_id}", _KEYED, "chat", stranger=404),
-    Row("DELETE", "/api/sessions/{session_id}", _KEYED, "chat", stranger=404),
+    Row("POST", "/api/chat", KEYED, "chat", _CHAT),
+    Row("POST", "/api/chat/stream", KEYED, "chat", _CHAT),
+    Row("GET", "/api/sessions", KEYED, "chat"),
+    Row("GET", "/api/sessions/{session_id}", KEYED, "chat", stranger=404),
+    Row("DELETE", "/api/sessions/{session_id}", KEYED, "chat", stranger=404),
     _admin("GET", "/admin/accounts"),
     _admin("POST", "/admin/accounts", _NEW_ACCOUNT),
     _admin("GET", "/admin/accounts/{account_id}"),
@@ -109,6 +88,7 @@ RELAY: list[Row] = [
     _admin("POST", "/admin/session-pool/switch"),
     _admin("POST", "/admin/session-pool/set-current", {"sessionId": "nowhere"}, owner=404),
     _admin("DELETE", "/admin/session-pool"),
+    *conversation_rights.ROWS,
 ]
 
 # ── session_service: whoever has a token may name any user; the owner is the user that is named ─
@@ -118,21 +98,21 @@ _MEMORY = {"memory_type": "custom", "content": "{text}"}
 
 
 def _of_session(method: str, path: str, body: Any = None, owner: int = 200) -> Row:
-    return Row(method, f"/api/v1/sessions/{{session_id}}{path}", _KEYED, body=body, owner=owner, stranger=404)
+    return Row(method, f"/api/v1/sessions/{{session_id}}{path}", KEYED, body=body, owner=owner, stranger=404)
 
 
 STORE: list[Row] = [
     *_public("/health", "/health/live", "/health/ready", "/health/detailed", "/metrics"),
-    *(Row("GET", path, _KEYED) for path in ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")),
-    Row("GET", "/api/v1/sessions", _KEYED),
-    Row("GET", "/api/v1/sessions/search", _KEYED, query={"q": "mine"}),
-    Row("GET", "/api/v1/sessions/stats", _KEYED),
-    Row("GET", "/api/v1/sessions/stats/usage", _KEYED, query={"bucket": "day"}),
-    Row("GET", "/api/v1/users/{user_id}/sessions", _KEYED),
-    Row("GET", "/api/v1/users/{user_id}/memories", _KEYED),
-    Row("GET", "/api/v1/users/{user_id}/stats", _KEYED),
-    Row("POST", "/api/v1/sessions", _KEYED, body={"user_id": "{user_id}", "title": "{text}"}),
-    Row("POST", "/api/v1/sessions/import", _KEYED, content="{{}}\n", owner=400, stranger=400),
+    *(Row("GET", path, KEYED) for path in ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")),
+    Row("GET", "/api/v1/sessions", KEYED),
+    Row("GET", "/api/v1/sessions/search", KEYED, query={"q": "mine"}),
+    Row("GET", "/api/v1/sessions/stats", KEYED),
+    Row("GET", "/api/v1/sessions/stats/usage", KEYED, query={"bucket": "day"}),
+    Row("GET", "/api/v1/users/{user_id}/sessions", KEYED),
+    Row("GET", "/api/v1/users/{user_id}/memories", KEYED),
+    Row("GET", "/api/v1/users/{user_id}/stats", KEYED),
+    Row("POST", "/api/v1/sessions", KEYED, body={"user_id": "{user_id}", "title": "{text}"}),
+    Row("POST", "/api/v1/sessions/import", KEYED, content="{{}}\n", owner=400, stranger=400),
     _of_session("GET", ""),
     _of_session("PUT", "", {"title": "{text}"}),
     _of_session("GET", "/summary"),
@@ -145,7 +125,7 @@ STORE: list[Row] = [
     _of_session("POST", "/align", {"hashes": []}),
     _of_session("GET", "/turns"),
     _of_session("GET", "/turns/{turn_id}"),
-    Row("GET", "/api/v1/turns/{turn_id}", _KEYED, stranger=404),
+    Row("GET", "/api/v1/turns/{turn_id}", KEYED, stranger=404),
     _of_session("POST", "/turns/{turn_id}/renew", {"lease_token": "{lease_token}"}, owner=409),
     _of_session("POST", "/turns/{turn_id}/complete", {"lease_token": "x", "status": "completed"}, owner=409),
     _of_session("POST", "/memory", _MEMORY),
@@ -157,9 +137,15 @@ STORE: list[Row] = [
     _of_session("POST", "/rewind", {"to_seq": 0}),
     _of_session("POST", "/turns", {"messages": [_SAID]}),
     _of_session("DELETE", ""),
-    Row("DELETE", "/api/v1/users/{user_id}", _KEYED),
+    Row("DELETE", "/api/v1/users/{user_id}", KEYED),
 ]
 
+
+_PERMISSIONS = {"messages", "chat", "conversations"}
+_TABLES = """
+SELECT c.table_name FROM information_schema.columns c JOIN information_schema.tables t USING (table_schema, table_name)
+ WHERE c.table_schema = 'dev' AND c.column_name = 'user_id' AND t.table_type = 'BASE TABLE' ORDER BY 1
+"""
 
 # ── the check ───────────────────────────────────────────────────────────────────────────────────
 
@@ -185,6 +171,7 @@ class _Owner:
 
     user: User
     names: dict[str, str]
+    runtime_key: str = ""
 
 
 async def prepare(made: World) -> _Owner:
@@ -210,7 +197,30 @@ async def prepare(made: World) -> _Owner:
     names["key_id"] = answer.json()["data"]["id"]
     models = await made.http.get(f"{made.relay()}/v1/models", headers={"x-api-key": user.key})
     names["model_id:path"] = next((each["id"] for each in models.json()["data"]), MODEL)
-    return _Owner(user, names)
+    conversation = await _conversation(made, user, names["text"])
+    return _Owner(user, names | conversation.names, conversation.runtime_key)
+
+
+async def _conversation(made: World, user: User, text: str) -> _Owner:
+    """A conversation of the user, with a file, that has answered."""
+    headers = {"x-api-key": user.key}
+    url = f"{made.relay()}/api/conversations"
+    body = {"initial_user_msg": text}
+    started = await made.http.post(url, json=body, headers=headers)
+    assert started.status_code == 200, started.text
+    names = {"id": started.json()["conversation_id"], "path:anything": "%2Fworkspace%2Fmine.txt"}
+    url = f"{url}/{names['id']}"
+    while len((await made.http.get(f"{url}/trajectory", headers=headers)).json()["trajectory"]) < 2:
+        await asyncio.sleep(0.05)
+    info = (await made.http.get(url, headers=headers)).json()
+    names["sandbox_id"] = (await made.http.get(f"{url}/config", headers=headers)).json()["runtime_id"]
+    runtime_key = str(info["session_api_key"])
+    made.secrets.issued.append(runtime_key)
+    upload = f"{made.relay()}/api/file/upload/{names['path:anything']}"
+    files = {"file": ("mine.txt", text.encode(), "text/plain")}
+    kept = await made.http.post(upload, files=files, headers={"x-session-api-key": runtime_key})
+    assert kept.status_code == 200, kept.text
+    return _Owner(user, names, runtime_key)
 
 
 def filled(value: Any, names: dict[str, str]) -> Any:
@@ -227,43 +237,79 @@ async def _send(
     made: World, base: str, row: Row, names: dict[str, str], headers: dict[str, str], **query: str
 ) -> httpx.Response:
     names = {**names, "new_id": uuid.uuid4().hex}
-    sent: Json = {"params": {**row.query, **query}, "headers": headers}
+    if row.method == SOCKET:
+        return await _socket(base + filled(row.path, names), headers)
+    sent: Json = {"params": {**filled(row.query, names), **query}, "headers": headers}
     if row.content:
         sent["content"] = row.content
+    elif row.files:
+        sent["files"] = {row.files: ("mine.txt", names["text"].encode(), "text/plain")}
     elif row.body is not None:
         sent["json"] = filled(row.body, names)
     return await made.http.request(row.method, base + filled(row.path, names), **sent)
+
+
+async def _socket(url: str, headers: dict[str, str]) -> httpx.Response:
+    """What a WebSocket is told, as a status: its first frame, or why it was closed."""
+    async with aiohttp.ClientSession() as session, session.ws_connect(url, headers=headers) as socket:
+        frame = await socket.receive(10)
+        status = {4001: 401, 4004: 404}.get(socket.close_code or 0, 200 if frame.type is aiohttp.WSMsgType.TEXT else 0)
+        return httpx.Response(status, text=str(frame.data))
 
 
 async def _check_relay(report: Report, made: World, owner: _Owner) -> None:
     stranger = User(f"stranger-{uuid.uuid4().hex[:8]}")
     stranger.key = await made.make_key(stranger.id)
     useless = await _useless_keys(made, owner.user.id)
-    unpermitted = await made.make_key(owner.user.id, permissions=["conversations"])
-    bearer = {"authorization": f"Bearer {stranger.key}"}
+    other = await _conversation(made, stranger, "not mine")
+    own = {"x-session-api-key": owner.runtime_key}
+    strangers = {
+        "another user": {"x-api-key": stranger.key},
+        "another user by bearer": {"authorization": f"Bearer {stranger.key}"},
+    }
+    forbidden = {
+        permission: {"x-api-key": await made.make_key(owner.user.id, permissions=[*(_PERMISSIONS - {permission})])}
+        for permission in _PERMISSIONS
+    }
     session = {"x-session-id": owner.names["session_id"]}
     before = await _fingerprint(made, owner.user.id)
     for row in RELAY:
         for who, headers in useless.items():
-            expected = 200 if row.kind == _ALL else 401
-            await _try(report, made, row, owner, who, headers | session, expected)
-        as_admin = {_ALL: 200, _KEYED: 401}
-        if row.kind != _ADMIN:  # what the admin may do is done last
-            await _try(report, made, row, owner, "admin", made.admin_headers | session, as_admin[row.kind])
-        for who, headers in (("another user", {"x-api-key": stranger.key}), ("another user by bearer", bearer)):
-            expected = {_ALL: 200, _ADMIN: 401, _KEYED: row.stranger}[row.kind]
-            if row.kind == _KEYED and row.method == "DELETE":
-                expected = 200 if who == "another user" else 404  # by then it has a session of that id of its own
-            if row.kind == _KEYED and row.stranger == 404 and "session_id" in row.path:
-                await _try(report, made, row, owner, who, headers | {"x-session-id": "none"}, 404, other_session=True)
-                continue
-            await _try(report, made, row, owner, who, headers | session, expected)
-        if row.kind == _KEYED and row.permission:
-            await _try(report, made, row, owner, "not permitted", {"x-api-key": unpermitted} | session, 403)
+            await _try(report, made, row, owner, who, headers | session, 200 if row.kind == ALL else 401)
+        if row.kind != ADMIN:  # what the admin may do is done last
+            expected = 200 if row.kind == ALL else 401
+            await _try(report, made, row, owner, "the admin", made.admin_headers | session, expected)
+        for who, headers in strangers.items():
+            await _try_stranger(report, made, row, owner, who, headers | session)
+        if row.permission:
+            headers = forbidden[row.permission] | session
+            await _try(report, made, row, owner, f"a key without {row.permission}", headers, 403)
+        headers = {"x-session-api-key": other.runtime_key} | session
+        expected = {ALL: 200, RUNTIME: row.other_runtime}.get(row.kind, 401)
+        await _try(report, made, row, owner, "another conversation's key", headers, expected)
+        if row.kind in {KEYED, ADMIN}:
+            await _try(report, made, row, owner, "a runtime key", own | session, 401)
+        if row.kind == RUNTIME:
+            await _try(report, made, row, owner, "the user's key", {"x-api-key": owner.user.key}, 401)
+            await _try(report, made, row, owner, "an empty key", {"x-session-api-key": ""}, 401)
     report.check(NOTHING, await _fingerprint(made, owner.user.id) == before, "the owner's rows have changed")
+    of_owner = {ADMIN: made.admin_headers, RUNTIME: own}
     for row in RELAY:
-        key = {"x-api-key": owner.user.key} if row.kind != _ADMIN else made.admin_headers
-        await _try(report, made, row, owner, "owner", key | session, row.owner, sees=True)
+        headers = of_owner.get(row.kind, {"x-api-key": owner.user.key})
+        await _try(report, made, row, owner, "owner", headers | session, row.owner, sees=True)
+        if row.kind == EITHER:
+            await _try(report, made, row, owner, "its runtime key", own, row.owner, sees=True)
+
+
+async def _try_stranger(
+    report: Report, made: World, row: Row, owner: _Owner, who: str, headers: dict[str, str]
+) -> None:
+    """Another user, to whom nothing of the owner's exists."""
+    expected = {ALL: 200, ADMIN: 401, RUNTIME: 401}.get(row.kind, row.stranger)
+    # Its own requests have made it a session of the same id: one that it has none of shows whose they are.
+    is_apart = row.kind == KEYED and row.stranger == 404 and "{session_id}" in row.path
+    names = {"session_id": "only-of-the-owner"} if is_apart else {}
+    await _try(report, made, row, owner, who, headers | ({"x-session-id": "none"} if is_apart else {}), expected, names)
 
 
 async def _useless_keys(made: World, user_id: str) -> dict[str, dict[str, str]]:
@@ -303,12 +349,11 @@ async def _try(
     who: str,
     headers: dict[str, str],
     expected: int,
+    names: dict[str, str] | None = None,
     *,
     sees: bool = False,
-    other_session: bool = False,
 ) -> None:
-    names = owner.names | ({"session_id": "only-of-the-owner"} if other_session else {})
-    names |= {} if sees else {"text": "not mine"}
+    names = owner.names | (names or {}) | ({} if sees else {"text": "not mine"})
     answer = await _send(made, made.relay(), row, names, headers)
     what = f"relay {row.method} {row.path} as {who}"
     report.check(STATUS, answer.status_code == expected, f"{what}: {answer.status_code}, not {expected} {answer.text}")
@@ -328,9 +373,9 @@ async def _check_store(report: Report, made: World, owner: _Owner) -> None:
     }
     for row in STORE:
         for who, headers in nobodies.items():
-            expected = 200 if row.kind == _ALL else 401
+            expected = 200 if row.kind == ALL else 401
             await _try_store(report, made, row, owner, who, headers, expected, owner.user.id)
-        expected = 200 if row.kind == _ALL else row.stranger
+        expected = 200 if row.kind == ALL else row.stranger
         await _try_store(report, made, row, owner, "another user", made.store_headers, expected, stranger)
     report.check(NOTHING, await _fingerprint(made, owner.user.id) == before, "the owner's rows have changed")
     for row in STORE:
@@ -359,10 +404,11 @@ async def _try_store(
 
 async def _fingerprint(made: World, user_id: str) -> list[Any]:
     """Changes with every row of the user, once what is done beside the requests is done."""
-    tables = ("sessions", "session_messages", "session_turns", "session_memories", "relay_api_keys")
     async with made.sql() as sql:
+        tables = [row[0] for row in await sql.fetch(_TABLES)]
         while await sql.fetchval("SELECT count(*) FROM dev.sessions WHERE indexed_version < version"):
             await asyncio.sleep(0.02)
+        await asyncio.sleep(1)  # a conversation that was answered gets its title
         return [
             await sql.fetchval(
                 f"SELECT md5(coalesce(string_agg(t::text, '|' ORDER BY t::text), '')) FROM dev.{table} t"

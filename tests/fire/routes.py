@@ -10,6 +10,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from pydantic import SecretStr
+from starlette.routing import WebSocketRoute
 
 from services.relay.app import create_app as create_relay
 from services.relay.settings import RelaySettings
@@ -20,14 +21,19 @@ from shared.service import Lifecycle
 
 Call = tuple[str, str]
 """Method and path, with the path's parameters in braces."""
+SOCKET = "WebSocket"
 
 
 def _calls(door: object) -> list[Call]:
     app: FastAPI = door._app  # type: ignore[attr-defined]
-    contexts = list(iter_route_contexts(app.routes))
-    unknown = [context for context in contexts if not context.path or not context.methods]
-    assert not unknown, f"no rows can be asked for these: {unknown}"
-    return sorted((method, str(each.path)) for each in contexts for method in each.methods or () if method != "HEAD")
+    found: list[Call] = []
+    for context in iter_route_contexts(app.routes):
+        is_socket = isinstance(context.original_route, WebSocketRoute)
+        methods = {SOCKET} if is_socket else context.methods
+        assert context.path, f"no row can be asked for this: {context}"
+        assert methods, f"no row can be asked for this: {context}"
+        found += [(method, context.path) for method in methods if method != "HEAD"]
+    return sorted(found)
 
 
 def _database() -> Database:
