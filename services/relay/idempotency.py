@@ -38,6 +38,7 @@ _AWAY_SECONDS: Final = 1.0
 _LONGEST_WRITE_SECONDS: Final = 5.0
 _BUSY_SECONDS: Final = 1.0
 _LOOKS: Final = 5
+_MOST_TURNS: Final = 20
 _BATCH: Final = 200
 _VISIBLE_ASCII: Final = re.compile(r"[\x21-\x7e]{1,255}")
 
@@ -131,10 +132,14 @@ class Replay:
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """The turn of the try whose place is taken; it may never have been opened."""
+    """The turn of the try whose place is taken; it may never have been opened.
+
+    Then it has taken no place either: `before` are the turns of the tries before it, the latest first.
+    """
 
     session_id: str
     turn_id: str
+    before: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +222,7 @@ class Idempotency:
             OPENING,
             **a_try.held,
             session_id=session_id,
-            turn_id=turn_id,
+            turn_id=" ".join([turn_id, *_tried(a_try)][:_MOST_TURNS]),
             lease_seconds=self._lease_seconds,
         )
         if held is None:
@@ -297,7 +302,13 @@ class Idempotency:
             wait_seconds = usual_seconds
 
 
+def _tried(a_try: Try) -> list[str]:
+    """The turns that this try may have to take the place of, until its own is known to be open."""
+    return [] if a_try.earlier is None else [a_try.earlier.turn_id, *a_try.earlier.before]
+
+
 def _earlier(row: Row) -> Earlier | None:
     if row["turn_id"] is None:
         return None
-    return Earlier(row["session_id"], row["turn_id"])
+    turn_id, *before = row["turn_id"].split()
+    return Earlier(row["session_id"], turn_id, tuple(before))

@@ -22,15 +22,16 @@ _KEPT_HEADERS: tuple[str, ...] = ("x-session-id", "x-turn-id", "x-session-persis
 
 @dataclass(slots=True)
 class Once:
-    """The try that runs. `earlier` is the turn whose place it takes."""
+    """The try that runs. `earlier` is the turn whose place it takes, `opened_last` the same once the store was asked."""
 
     records: Idempotency
     a_try: Try
+    opened_last: Earlier | None = field(default=None)
     is_over: bool = field(default=False)
 
     @property
     def earlier(self) -> Earlier | None:
-        return self.a_try.earlier
+        return self.opened_last or self.a_try.earlier
 
     def in_session(self, choice: Choice) -> Choice:
         """The session of the earlier try, where this one would get a fresh one."""
@@ -97,6 +98,7 @@ async def _answered_before(parts: Parts, user_id: str, once: Once, request: Clau
         return None
     session = SessionKey(user_id, once.earlier.session_id)
     await parts.spool.settle(session)
+    once.opened_last = await replays.opened_last(parts.sessions, user_id, once.earlier)
     prefill = Array.of(request).prefill
     message = await replays.earlier_answer(parts.sessions, user_id, once.earlier, prefill=prefill)
     if message is None:

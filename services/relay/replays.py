@@ -5,7 +5,7 @@ Its one invariant: nothing here asks upstream or writes; what is given was answe
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -44,6 +44,17 @@ class Kept:
 
 
 # ── from the store ──────────────────────────────────────────────────────────────────────────────
+
+
+async def opened_last(sessions: SessionClient, user_id: str, earlier: Earlier) -> Earlier:
+    """The latest of the earlier tries whose turn was really opened: that one has taken the place of those before it."""
+    for turn_id in (earlier.turn_id, *earlier.before) if earlier.before else ():
+        try:
+            await sessions.get_turn(SessionKey(user_id, earlier.session_id), turn_id)
+        except NotFound:
+            continue
+        return replace(earlier, turn_id=turn_id, before=())
+    return earlier
 
 
 async def earlier_answer(

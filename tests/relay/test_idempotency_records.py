@@ -127,7 +127,15 @@ async def test_a_failed_try_is_run_again_at_once_and_its_place_is_known(relay_a:
     assert fourth.earlier == Earlier("s", "turn-2")
     await relay_a.opening(fourth, "s", "turn-4")
     await relay_a.failed(fourth)
-    assert (await a_try(relay_a, key)).earlier == Earlier("s", "turn-4")
+    # Nobody knows yet whether turn-4 was ever opened: if not, turn-2 is still there.
+    fifth = await a_try(relay_a, key)
+    assert fifth.earlier == Earlier("s", "turn-4", ("turn-2",))
+    for number in range(30):
+        await relay_a.opening(fifth, "s", f"turn-{number}")
+        await relay_a.failed(fifth)
+        fifth = await a_try(relay_a, key)
+    assert fifth.earlier is not None
+    assert (fifth.earlier.turn_id, len(fifth.earlier.before)) == ("turn-29", 19)
 
 
 # ── leases ──────────────────────────────────────────────────────────────────────────────────────
