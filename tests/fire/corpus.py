@@ -58,7 +58,7 @@ VALUES: dict[str, bytes] = {
     "long text": b'"' + b"x" * 70_000 + b'"',
     "combining": b'"e' + b"\\u0301" * 2_000 + b'"',
     "right to left": b'"\\u202egnp.exe"',
-    "quotes": json.dumps("'; DROP TABLE dev.sessions; --").encode(),
+    "quotes": json.dumps("'; DROP TABLE messages; --").encode(),
     "template": b'"{{7*7}}${7*7}%s%n%x"',
     "path": b'"../../../../etc/passwd"',
     "header": json.dumps("x\r\nset-cookie: a=b").encode(),

@@ -17,7 +17,7 @@ from urllib.parse import urlencode
 from tests.fire import corpus, raw, rights
 from tests.fire.corpus import Case
 from tests.fire.report import Report
-from tests.fire.rows import Row
+from tests.fire.rows import ADMIN, RUNTIME, Row
 from tests.fire.world import MODEL, Json, Sql, World
 
 REFUSED = "hostile input gets a success or a described refusal, never a fault"
@@ -158,10 +158,11 @@ async def run_corpus(report: Report, made: World, *, at_most: int = 0, seed: int
 class Ready:
     """Credentials, ids that exist, and what the services say of themselves."""
 
-    def __init__(self, made: World, names: dict[str, str], key: str, described: dict[str, Json]) -> None:
+    def __init__(self, made: World, owner: rights.Owner, described: dict[str, Json]) -> None:
         self._made = made
-        self._names = names
-        self._key = key
+        self._names = owner.names
+        self._key = owner.user.key
+        self._runtime_key = owner.runtime_key
         self._described = described
 
     @classmethod
@@ -171,7 +172,7 @@ class Ready:
         for service, base in (("session_service", made.store()), ("relay", made.relay())):
             answer = await made.http.get(f"{base}/openapi.json", headers=made.store_headers)
             described[service] = answer.json()["paths"]
-        return cls(made, owner.names, owner.user.key, described)
+        return cls(made, owner, described)
 
     async def send(self, report: Report, service: str, case: Case, sql: Sql) -> None:
         statement = _STORE_ROWS if service == "session_service" else _ROWS
@@ -215,9 +216,10 @@ class Ready:
             query = {**case.row.query, "user_id": self._names["user_id"]}
             headers[b"authorization"] = self._made.store_headers["authorization"].encode()
         else:
-            query = dict(case.row.query)
+            query = rights.filled(case.row.query, self._names)
             headers |= {b"authorization": self._made.admin_headers["authorization"].encode()}
-            headers |= {} if case.row.kind == "admin" else {b"x-api-key": self._key.encode()}
+            keys = {RUNTIME: {b"x-session-api-key": self._runtime_key.encode()}, ADMIN: {}}
+            headers |= keys.get(case.row.kind, {b"x-api-key": self._key.encode()})
         names = {**self._names, "new_id": uuid.uuid4().hex, "session_id": f"hostile-{uuid.uuid4().hex[:8]}"}
         names["session_id"] = names["session_id"] if service == "relay" else self._names["session_id"]
         target = case.target.encode()

@@ -24,7 +24,10 @@ _END_OF_STREAM = b"message_stop"
 
 
 class Link:
-    """Listens on `port`; leads to a TCP address or a unix socket. `rate` is the share of exchanges that go wrong."""
+    """Listens on `port`; leads to a TCP address or a unix socket.
+
+    `rate` is the share of exchanges that go wrong, of those that begin with something that holds `only`.
+    """
 
     def __init__(
         self,
@@ -36,6 +39,7 @@ class Link:
         path: str = "",
         stall_seconds: float = 4.0,
         weights: dict[str, int] | None = None,
+        only: bytes = b"",
     ) -> None:
         self.name = name
         self.rate = 0.0
@@ -44,7 +48,8 @@ class Link:
         self._random = random.Random(f"{seed} {name}")
         self._target = (host, port, path)
         self._stall_seconds = stall_seconds
-        self._weights = weights or WEIGHTS
+        self.weights = weights or WEIGHTS
+        self._only = only
         self._server: asyncio.Server
         self._open: set[asyncio.Task[None]] = set()
 
@@ -68,11 +73,11 @@ class Link:
         for task in list(self._open):
             task.cancel()
 
-    def pick(self) -> str:
-        """What befalls the exchange that begins now; empty: nothing."""
-        if self._random.random() >= self.rate:
+    def pick(self, data: bytes) -> str:
+        """What befalls the exchange that begins with this; empty: nothing."""
+        if self._random.random() >= self.rate or self._only not in data:
             return ""
-        fault = self._random.choices(list(self._weights), list(self._weights.values()))[0]
+        fault = self._random.choices(list(self.weights), list(self.weights.values()))[0]
         self.faults[fault] += 1
         return fault
 
@@ -123,7 +128,7 @@ class _Passage:
         while data := await self._near_in.read(_BYTES):
             if self._is_answered:
                 self._is_answered, self._is_stream = False, False
-                self._fault = self._link.pick()
+                self._fault = self._link.pick(data)
             if self._fault == RESET:
                 return False
             if self._fault == HALF_REQUEST:

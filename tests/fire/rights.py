@@ -166,7 +166,7 @@ async def run(report: Report, made: World) -> None:
 
 
 @dataclass
-class _Owner:
+class Owner:
     """What belongs to one user, by the names in paths and bodies."""
 
     user: User
@@ -174,7 +174,7 @@ class _Owner:
     runtime_key: str = ""
 
 
-async def prepare(made: World) -> _Owner:
+async def prepare(made: World) -> Owner:
     user = User(f"owner-{uuid.uuid4().hex[:8]}")
     user.key = await made.make_key(user.id)
     names = {"user_id": user.id, "session_id": "same-for-all", "text": f"{user.marker} mine", "model_id:path": "demo"}
@@ -198,10 +198,10 @@ async def prepare(made: World) -> _Owner:
     models = await made.http.get(f"{made.relay()}/v1/models", headers={"x-api-key": user.key})
     names["model_id:path"] = next((each["id"] for each in models.json()["data"]), MODEL)
     conversation = await _conversation(made, user, names["text"])
-    return _Owner(user, names | conversation.names, conversation.runtime_key)
+    return Owner(user, names | conversation.names, conversation.runtime_key)
 
 
-async def _conversation(made: World, user: User, text: str) -> _Owner:
+async def _conversation(made: World, user: User, text: str) -> Owner:
     """A conversation of the user, with a file, that has answered."""
     headers = {"x-api-key": user.key}
     url = f"{made.relay()}/api/conversations"
@@ -220,7 +220,7 @@ async def _conversation(made: World, user: User, text: str) -> _Owner:
     files = {"file": ("mine.txt", text.encode(), "text/plain")}
     kept = await made.http.post(upload, files=files, headers={"x-session-api-key": runtime_key})
     assert kept.status_code == 200, kept.text
-    return _Owner(user, names, runtime_key)
+    return Owner(user, names, runtime_key)
 
 
 def filled(value: Any, names: dict[str, str]) -> Any:
@@ -257,7 +257,7 @@ async def _socket(url: str, headers: dict[str, str]) -> httpx.Response:
         return httpx.Response(status, text=str(frame.data))
 
 
-async def _check_relay(report: Report, made: World, owner: _Owner) -> None:
+async def _check_relay(report: Report, made: World, owner: Owner) -> None:
     stranger = User(f"stranger-{uuid.uuid4().hex[:8]}")
     stranger.key = await made.make_key(stranger.id)
     useless = await _useless_keys(made, owner.user.id)
@@ -301,9 +301,7 @@ async def _check_relay(report: Report, made: World, owner: _Owner) -> None:
             await _try(report, made, row, owner, "its runtime key", own, row.owner, sees=True)
 
 
-async def _try_stranger(
-    report: Report, made: World, row: Row, owner: _Owner, who: str, headers: dict[str, str]
-) -> None:
+async def _try_stranger(report: Report, made: World, row: Row, owner: Owner, who: str, headers: dict[str, str]) -> None:
     """Another user, to whom nothing of the owner's exists."""
     expected = {ALL: 200, ADMIN: 401, RUNTIME: 401}.get(row.kind, row.stranger)
     # Its own requests have made it a session of the same id: one that it has none of shows whose they are.
@@ -345,7 +343,7 @@ async def _try(
     report: Report,
     made: World,
     row: Row,
-    owner: _Owner,
+    owner: Owner,
     who: str,
     headers: dict[str, str],
     expected: int,
@@ -361,7 +359,7 @@ async def _try(
         report.check(NOTHING, owner.user.marker not in answer.text, f"{what} saw the owner's text")
 
 
-async def _check_store(report: Report, made: World, owner: _Owner) -> None:
+async def _check_store(report: Report, made: World, owner: Owner) -> None:
     stranger = f"stranger-{uuid.uuid4().hex[:8]}"
     before = await _fingerprint(made, owner.user.id)
     nobodies = {
@@ -386,7 +384,7 @@ async def _try_store(
     report: Report,
     made: World,
     row: Row,
-    owner: _Owner,
+    owner: Owner,
     who: str,
     headers: dict[str, str],
     expected: int,

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from tests.fire import cuts, kill, mutants
 from tests.fire.audit import KEPT, ONCE, ONE_USER
-from tests.fire.clients import NO_LEAK
+from tests.fire.clients import NO_LEAK, User
+from tests.fire.link import DEAF, RESET, Link
 from tests.fire.report import Report
-from tests.fire.world import World
+from tests.fire.world import MODEL, World, world
 
 NO_FAULTS: dict[str, float] = {}
 
@@ -23,6 +24,35 @@ async def test_links_cut_at_random(migrated: Path) -> None:
     with report.of("cuts"):
         await cuts.run(report, seconds=6, clients=12, in_a_hurry=True, migrated=migrated, seed=1)
     assert report.is_kept, report.table()
+
+
+async def test_a_try_that_was_opened_unheard_is_replaced_though_the_next_was_never_opened(migrated: Path) -> None:
+    """The key's record names the turn that a try is about to open: it must not forget the one before for it."""
+    links: list[Link] = []
+
+    async def prepare(made: World) -> None:
+        links.append(await Link("turns", seed="1", port=made.store_ports[0], only=b"/turns?").open())
+        made.store_url = links[0].url
+
+    async with world(prepare=prepare, migrated=migrated) as made:
+        (link,) = links
+        user = User("u", key=await made.make_key("u"))
+        body = {"model": MODEL, "max_tokens": 50, "messages": [{"role": "user", "content": "only once"}]}
+        headers = {"x-api-key": user.key, "x-session-id": "s", "idempotency-key": "k"}
+        statuses = []
+        for fault in (DEAF, RESET, ""):
+            link.rate, link.weights = bool(fault), {fault: 1}
+            answer = await made.http.post(f"{made.relay()}/v1/messages", json=body, headers=headers)
+            statuses.append(answer.status_code)
+            await made.leases_run_out()
+        await link.close()
+        params: dict[str, str | bool] = {"user_id": "u", "include_superseded": True}
+        url = f"{made.store()}/api/v1/sessions/s/messages"
+        stored = (await made.http.get(url, params=params, headers=made.store_headers)).json()["messages"]
+    assert statuses == [529, 529, 200]
+    assert link.faults == {DEAF: 1, RESET: 1}
+    assert [each["content"] for each in stored if each["role"] == "user"] == ["only once"] * 2
+    assert [each["superseded_at"] is None for each in stored] == [False, True, True]
 
 
 async def write_the_log_late(made: World) -> None:
