@@ -22,7 +22,7 @@ _KEPT_HEADERS: tuple[str, ...] = ("x-session-id", "x-turn-id", "x-session-persis
 
 @dataclass(slots=True)
 class Once:
-    """The try that runs. `earlier` is the turn whose place it takes, `opened_last` the same once the store was asked."""
+    """The try that runs; it takes the place of the turn `earlier` (`opened_last`, once the store was asked)."""
 
     records: Idempotency
     a_try: Try

@@ -109,3 +109,14 @@ def test_commands_can_be_read(page: str) -> None:
             compile(body, page, "exec")
         elif language == "sh":
             subprocess.run(["bash", "-n"], input=body, text=True, check=True, timeout=10)
+
+
+def test_every_metric_on_the_pages_is_there() -> None:
+    served = "".join(text_of(f"services/{name}/metrics.py") for name in ("relay", "session_service"))
+    named = set(
+        re.findall(r"\b((?:relay|sessions)_[a-z_]+)(?:_bucket|_count)?\b[{\[` ]", text_of("docs/operations.md"))
+    )
+    assert len(named) > 8
+    assert {
+        name for name in named if f'"{name}' not in served and f'"{name.rpartition("_")[0]}"' not in served
+    } == set()
