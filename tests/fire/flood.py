@@ -50,7 +50,7 @@ class Seen:
         return statistics.quantiles(seconds, n=20)[-1] if len(seconds) > 1 else sum(seconds)
 
 
-async def run(report: Report, *, seconds: float = 60, rate: int = 25, migrated: Path | None = None) -> None:
+async def run(report: Report, *, seconds: float = 60, rate: int = 15, migrated: Path | None = None) -> None:
     """`rate`: the requests per second that relay is set to serve."""
     settings = SETTINGS | {"RELAY_REQUESTS_PER_SECOND": str(rate)}
     async with world(settings=settings, migrated=migrated) as made:
