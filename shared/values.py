@@ -81,7 +81,8 @@ def _no_nul(value: str) -> str:
     return value
 
 
-QueryText = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_no_nul)]
+Storable = Annotated[str, AfterValidator(_no_nul)]
+QueryText = Annotated[Storable, Field(min_length=1, max_length=256)]
 _DESCRIBED_ID = WithJsonSchema(
     {
         "type": "string",

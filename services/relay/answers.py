@@ -4,6 +4,7 @@ Its one invariant: whatever upstream said, the completion made of it is one that
 had to be changed for that, the message's metadata says so.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -36,8 +37,13 @@ class Answer:
     error: dict[str, Any] | None = None
 
 
-def completion(answer: Answer, *, lease_token: str, prefill: list[Block], body: dict[str, Any]) -> wire.CompleteTurn:
-    """The turn's completion; `body` is what went upstream, for the figures that upstream did not give."""
+def completion(
+    answer: Answer, *, lease_token: str, prefill: list[Block], body: dict[str, Any], earlier: Sequence[Block] = ()
+) -> wire.CompleteTurn:
+    """The turn's completion; `body` is what went upstream, for the figures that upstream did not give.
+
+    `earlier` is what stood in the answer's place, and stands there again when nothing came.
+    """
     message = answer.message or {}
     content = message.get("content")
     blocks = [each for each in content if isinstance(each, dict)] if isinstance(content, list) else []
@@ -48,6 +54,8 @@ def completion(answer: Answer, *, lease_token: str, prefill: list[Block], body: 
     messages = []
     if blocks or (prefill and answer.status == "completed"):
         messages.append(_message(_joined(prefill, blocks), metadata))
+    elif earlier:
+        messages.append(_message(list(earlier), {}))
     model = _name(message.get("model")) or _name(body.get("model"))
     return wire.CompleteTurn(
         lease_token=lease_token,

@@ -117,8 +117,11 @@ async def _open(state: State) -> None:
     }
     changes = Changes(url, state.database.schema, readers, state.conversing.live)
     # It calls session_service, which may take its time: by itself.
-    notes = Chore("conversation_notes", _NOTES_SECONDS, state.conversing.log.take_notes)
-    chores = [_chores(state), _conversation_chores(state), [notes]]
+    notes = [
+        Chore("conversation_notes", _NOTES_SECONDS, state.conversing.log.take_notes),
+        Chore("waiting_messages", runs.SWEEP_SECONDS, state.conversing.log.note_waiting),
+    ]
+    chores = [_chores(state), _conversation_chores(state), notes]
     await asyncio.gather(changes.run(), *map(upkeep.keep, chores))
 
 

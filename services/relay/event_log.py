@@ -5,7 +5,7 @@ messages, under the message's id; what was taken back in the session is marked s
 """
 
 import asyncio
-import textwrap
+from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
 from typing import Any, Final
@@ -65,16 +65,30 @@ class EventLog:
     async def settle(self, conversation: Conversation) -> wire.Session | None:
         """As `catch_up`; and what waits is delivered, if the conversation does not run and its session is free."""
         session = await self.catch_up(conversation)
-        if not conversation.is_running and session is not None and session.is_active:
-            with suppress(TurnInProgress):
-                if await self.deliver(conversation, wait_seconds=0):
-                    return await self.catch_up(conversation)
+        if conversation.is_running:
+            return session
+        if session is None or not session.is_active:
+            await events.wait_no_more(self._database, conversation.id)
+            return session
+        with suppress(TurnInProgress):
+            if await self.deliver(conversation, wait_seconds=0):
+                return await self.catch_up(conversation)
         return session
 
-    async def deliver(self, conversation: Conversation, *, wait_seconds: float = _BUSY_SECONDS) -> bool:
+    async def note_waiting(self) -> None:
+        """Notes the conversations in which messages wait though nothing runs: whoever took them may be gone."""
+        self._told |= await events.sessions_waited_for(self._database)
+
+    async def deliver(
+        self,
+        conversation: Conversation,
+        *,
+        wait_seconds: float = _BUSY_SECONDS,
+        gives_up: Callable[[], bool] = lambda: False,
+    ) -> bool:
         """Stores the messages that wait; whether there were any. Waits so long while another turn has the session.
 
-        Raises TurnInProgress, and what else session_service says.
+        Raises TurnInProgress then, or once it `gives_up`, and what else session_service says.
         """
         waiting = await events.pending(self._database, conversation.id)
         until = monotonic() + wait_seconds
@@ -82,13 +96,15 @@ class EventLog:
             message = new_message(event.id, event.payload)
             while True:
                 try:
-                    await self._sessions.append_message(conversation.session, message)
+                    stored = await self._sessions.append_message(conversation.session, message)
                 except TurnInProgress:
-                    if monotonic() >= until:
+                    if monotonic() >= until or gives_up():
                         raise
                     await asyncio.sleep(_LOOK_SECONDS)
                 else:
                     break
+            if stored.superseded_at is not None:  # taken back before it was seen there: no catching up meets it
+                await events.supersede(self._database, conversation.id, event.id)
         return bool(waiting)
 
     async def catch_up(self, conversation: Conversation) -> wire.Session | None:
@@ -117,7 +133,7 @@ class EventLog:
         if conversation.logged_seq:
             new = (await self._sessions.list_messages(conversation.session, page_size=_PAGE)).messages
         first = next((message.content for message in new if message.role == "user"), "")
-        if title := textwrap.shorten(first, _TITLE_CHARACTERS, placeholder="…") or first.strip()[:_TITLE_CHARACTERS]:
+        if title := _title_of(first):
             await conversations.name(self._database, conversation.id, title)
 
     async def _after(self, key: SessionKey, seq: int) -> list[wire.Message]:
@@ -154,6 +170,17 @@ async def _mark(conn: Conn, conversation_id: str, visible: list[wire.Message], l
         await conn.rows(events.SUPERSEDE, id=row.id, kept_ids=[message.message_id for message in visible])
         logged = {"version": row.logged_version, "seq": logged_seq, "count": len(visible)}
         await conn.rows(conversations.LOGGED, id=row.id, **logged)
+
+
+def _title_of(text: str) -> str:
+    """The text's beginning in one line; cut off between words, where it has any."""
+    line = " ".join(text.split())
+    if len(line) <= _TITLE_CHARACTERS:
+        return line
+    head = line[:_TITLE_CHARACTERS].rpartition(" ")[0]
+    if len(head) < _TITLE_CHARACTERS // 2:
+        head = line[: _TITLE_CHARACTERS - 1]
+    return head + "…"
 
 
 def new_message(message_id: str, payload: dict[str, Any]) -> wire.NewMessage:

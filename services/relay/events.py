@@ -20,6 +20,7 @@ from services.relay.conversation_schema import relay_conversations
 from services.relay.conversations import Conversation, ExecutionStatus, SandboxStatus, this
 from services.relay.errors import ConversationNotFound
 from shared.database import Conn, Row
+from shared.session_client import SessionKey
 
 Kind = Literal["message", "state", "error", "other"]
 Source = Literal["agent", "user", "environment"]
@@ -124,7 +125,16 @@ SUPERSEDE = (
     )
     .values(superseded_at=_NOW)
 )
-DROP_PENDING = sa.delete(table).where(_of, table.c.is_pending, table.c.id == bindparam("event_id"))
+SUPERSEDE_ONE = (
+    sa.update(table).where(_of, table.c.id == bindparam("event_id")).values(is_pending=False, superseded_at=_NOW)
+)
+WAIT_NO_MORE = sa.update(table).where(_of, table.c.is_pending).values(is_pending=False)
+WAITED_FOR = (
+    select(relay_conversations.c.user_id, relay_conversations.c.session_id)
+    .join(table, table.c.conversation_id == relay_conversations.c.id)
+    .where(table.c.is_pending, relay_conversations.c.run_id.is_(None))
+    .distinct()
+)
 _EVERYTHING: Final = 2**62
 
 
@@ -182,6 +192,21 @@ async def seq_of(conn: Conn, conversation_id: str, event_id: str) -> int | None:
 async def pending(conn: Conn, conversation_id: str) -> list[Event]:
     """The messages that wait for the session to be free, in order."""
     return [from_row(row) for row in await conn.rows(PENDING, id=conversation_id)]
+
+
+async def supersede(conn: Conn, conversation_id: str, event_id: str) -> None:
+    """A message was taken back in the session."""
+    await conn.rows(SUPERSEDE_ONE, id=conversation_id, event_id=event_id)
+
+
+async def wait_no_more(conn: Conn, conversation_id: str) -> None:
+    """The session has ended: what waited for it was said, and stays unanswered."""
+    await conn.rows(WAIT_NO_MORE, id=conversation_id)
+
+
+async def sessions_waited_for(conn: Conn) -> set[SessionKey]:
+    """The sessions that messages wait for though their conversations do not run."""
+    return {SessionKey(row["user_id"], row["session_id"]) for row in await conn.rows(WAITED_FOR)}
 
 
 # ── statuses ────────────────────────────────────────────────────────────────────────────────────

@@ -26,8 +26,9 @@ _MAY_OVERFLOW: Final = re.compile(rb"[0-9][eE]\+?[0-9]{2}|[0-9]{300}")
 class Continuation:
     """A turn that brings no message: what is stored already asks.
 
-    What comes after `rewind_to_seq` is taken back before, if the session has this `version` still. `prefill` is the
-    answer's given beginning; `enriched` adds to the context's messages what goes upstream with them.
+    What comes after `rewind_to_seq` is taken back before, if the session has this `version` still: an answer that was
+    `broken_off`, whose place it has again when no other comes. `prefill` is the answer's given beginning; `enriched`
+    adds to the context's messages what goes upstream with them.
     """
 
     session_id: str
@@ -35,6 +36,7 @@ class Continuation:
     enriched: Callable[[list[dict[str, Any]]], Awaitable[list[dict[str, Any]]]]
     rewind_to_seq: int | None = None
     prefill: tuple[dict[str, Any], ...] = ()
+    broken_off: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

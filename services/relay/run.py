@@ -6,8 +6,8 @@ what its turn has stored is among the events before the status that tells of the
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
 from typing import Any, Final, Literal
@@ -32,7 +32,7 @@ from services.relay.turns import Turns
 from shared import wire
 from shared.canonical import speaker
 from shared.database import Conn, Database
-from shared.errors import DatabaseUnavailable, ServiceError, Unavailable, VersionMismatch
+from shared.errors import DatabaseUnavailable, ServiceError, TurnInProgress, Unavailable, VersionMismatch
 from shared.session_client import SessionClient
 
 log = structlog.get_logger(__name__)
@@ -43,6 +43,7 @@ _LOOK_SECONDS: Final = 1.0
 _STORING_SECONDS: Final = 60.0
 _END_AGAIN_SECONDS: Final = 1.0
 _LAST_MESSAGES: Final = 20
+_LAST_TURNS: Final = 20
 
 _GIVEN_UP: Final = frozenset({"client_gone", "relay_stopping", "interrupted"})
 _FAILED: Final = frozenset({"failed", "refused", "rejected"})
@@ -104,19 +105,31 @@ class Run:
             conversation = await conversations.find(parts.database, self._id)
             if conversation is None:
                 raise ConversationNotFound
-            await parts.log.deliver(conversation)
+            await self._deliver(conversation)
             session = await parts.log.catch_up(conversation)
             if session is None or not session.is_active:
                 raise ConversationArchived
-            if asks and not self._is_pausing:
+            if asks and not self._is_given_up:
                 self._outcome = await self._answer(conversation, session)
                 await parts.log.catch_up(conversation)
-            if self._outcome == "moved":
-                continue
+                if self._outcome == "moved":
+                    continue
             step = await parts.database.transact(self._next)
             if step == "ended":
                 return
             asks = step == "again"
+
+    @property
+    def _is_given_up(self) -> bool:
+        return self._is_pausing or self._is_lost
+
+    async def _deliver(self, conversation: Conversation) -> None:
+        """What cannot be delivered before a pause goes on waiting."""
+        try:
+            await self._parts.log.deliver(conversation, gives_up=lambda: self._is_given_up)
+        except TurnInProgress:
+            if not self._is_given_up:
+                raise
 
     async def _next(self, conn: Conn) -> Step:
         """What is to be done after a turn, and the end where that is nothing."""
@@ -124,7 +137,7 @@ class Run:
         if row.run_id != self._run_id:
             self._is_lost = True
             return "ended"
-        if await events.pending(conn, self._id):
+        if await events.pending(conn, self._id) and not self._is_pausing:
             return "deliver"
         if self._outcome in _FAILED and not row.wants_pause:
             await events.end_run(conn, row, "error", self._told())
@@ -170,10 +183,9 @@ class Run:
             return "completed"
         outcome = await self._ask(conversation, continued)
         if continued.prefill and outcome == "refused" and not self._is_pausing:
-            # Not every model takes a given beginning; what came of the earlier one has been taken back by now.
+            # Not every model takes a given beginning.
             session = await self._parts.sessions.get_session(conversation.session)
-            again = Continuation(continued.session_id, session.version, continued.enriched)
-            outcome = await self._ask(conversation, again)
+            outcome = await self._ask(conversation, replace(continued, version=session.version, prefill=()))
         return outcome
 
     async def _continuation(self, conversation: Conversation, session: wire.Session) -> Continuation | None:
@@ -186,13 +198,15 @@ class Run:
         enriched = partial(mentions.with_named, parts.database, key)
         if speaker(last.role) == "user":
             return Continuation(key.session_id, session.version, enriched)
-        turns = (await parts.sessions.list_turns(key, limit=1)).turns
-        if not turns or turns[0].status != "interrupted" or turns[0].output_to_seq != last.seq:
+        turns = (await parts.sessions.list_turns(key, limit=_LAST_TURNS)).turns
+        told = next((turn for turn in turns if turn.output_to_seq == last.seq), None)
+        if told is None or told.status == "completed":
             return None
-        to_seq = (turns[0].output_from_seq or last.seq) - 1
+        to_seq = (told.output_from_seq or last.seq) - 1
         if to_seq == 0:
             return None
-        return Continuation(key.session_id, session.version, enriched, to_seq, _prefill(last))
+        broken_off = tuple(_blocks(last))
+        return Continuation(key.session_id, session.version, enriched, to_seq, _prefill(broken_off), broken_off)
 
     async def _ask(self, conversation: Conversation, continued: Continuation) -> str:
         parts, settings = self._parts, self._parts.settings
@@ -273,12 +287,15 @@ class Run:
             await events.set_execution_status(conn, row, status)
 
 
-def _prefill(message: wire.Message) -> tuple[Block, ...]:
+def _blocks(message: wire.Message) -> list[Block]:
+    return message.content_blocks or [{"type": "text", "text": message.content}]
+
+
+def _prefill(blocks: Sequence[Block]) -> tuple[Block, ...]:
     """The text that was broken off, as an answer's beginning; nothing where it holds more than text.
 
     An answer's beginning must not end with blanks (Claude Messages API, prefill).
     """
-    blocks = message.content_blocks or [{"type": "text", "text": message.content}]
     if any(block.get("type") != "text" for block in blocks):
         return ()
     text = "".join(block["text"] for block in blocks).rstrip()

@@ -224,7 +224,11 @@ class Turn:
             self.failure = {"message": told, **ended.answer.error}
         prefill = opened.prefill if opened else []
         lease_token = opened.turn.lease_token if opened else ""
-        completed = answers.completion(ended.answer, lease_token=lease_token, prefill=prefill, body=self._body)
+        continued = self._request.continuation
+        earlier = continued.broken_off if continued else ()
+        completed = answers.completion(
+            ended.answer, lease_token=lease_token, prefill=prefill, body=self._body, earlier=earlier
+        )
         persisted: Persisted = "none"
         if opened is not None:
             place = (opened.key, opened.turn.turn_id)

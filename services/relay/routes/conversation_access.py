@@ -23,6 +23,7 @@ from services.relay.keys import Key
 from services.relay.routes.addresses import address_of
 from services.relay.routes.parameters import AppState, KeyedRoute, caller_or_anonymous
 from services.relay.state import State
+from shared import values
 from shared.errors import ValidationFailed
 from shared.strict_route import StrictRoute
 
@@ -32,15 +33,22 @@ _ID_CHARACTERS: Final = 100
 _user = caller_or_anonymous("conversations")
 
 
-def _aware(moment: datetime) -> datetime:
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+def _in_utc(moment: datetime) -> datetime:
+    """Raises ValueError for a time that is before the first year there, or after the last."""
+    if moment.tzinfo is None:
+        return moment.replace(tzinfo=UTC)
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("must be a time of the years 1 to 9999") from None
 
 
-Moment = Annotated[datetime | None, AfterValidator(lambda value: value and _aware(value))]
+Moment = Annotated[datetime | None, AfterValidator(lambda value: value and _in_utc(value))]
 Ids = Annotated[list[Uuid], Query(min_length=1, max_length=100)]
 Limit = Annotated[int, Query(ge=1, le=100)]
 PageId = Annotated[str | None, Query(max_length=200)]
-
+Wanted = Annotated[values.Storable | None, Query(max_length=500)]
+"""What a text of the listed has to be, or to hold."""
 
 UserKey = Annotated[Key, Depends(_user)]
 
@@ -192,9 +200,9 @@ def place_of(page_id: str | None) -> tuple[datetime, str] | None:
     try:
         text = base64.urlsafe_b64decode(page_id + "=" * (-len(page_id) % 4)).decode()
         moment, _, row_id = text.partition(" ")
-        place = datetime.fromisoformat(moment), row_id
+        place = _in_utc(datetime.fromisoformat(moment)), row_id
     except (ValueError, binascii.Error):
         place = None
-    if place is None or place[0].tzinfo is None or hex_of(place[1]) is None:
+    if place is None or hex_of(place[1]) is None:
         raise ValidationFailed.at("query", "page_id", msg="Not a page_id of this listing")
     return place

@@ -22,6 +22,7 @@ from services.relay.routes.conversation_access import (
     Owned,
     PageId,
     UserKey,
+    Wanted,
     base_url,
     owned,
 )
@@ -87,8 +88,8 @@ async def list_conversations(
     key: UserKey,
     limit: Limit = 20,
     page_id: PageId = None,
-    selected_repository: Annotated[str | None, Query(max_length=500)] = None,
-    conversation_trigger: Annotated[str | None, Query(max_length=100)] = None,
+    selected_repository: Wanted = None,
+    conversation_trigger: Wanted = None,
 ) -> Response:
     """All conversations of the user, of both APIs, the newest first."""
     wanted = Filter(repository=selected_repository, trigger=conversation_trigger)

@@ -20,6 +20,7 @@ from services.relay.routes.conversation_access import (
     PageId,
     UserKey,
     UserRoute,
+    Wanted,
     base_url,
     owned,
     page_id_of,
@@ -37,7 +38,6 @@ router = APIRouter(prefix="/api/v1", tags=["conversations V1"], route_class=User
 _HIDDEN = ("conversation_id", "user_id")
 _SUCCESS = {"success": True}
 
-Title = Annotated[str | None, Query(max_length=500)]
 SandboxIds = Annotated[list[Uuid], Query(alias="id", min_length=1, max_length=100)]
 SandboxId = Annotated[Uuid, Path()]
 ConversationId = Annotated[Uuid | None, Query(alias="conversation_id__eq")]
@@ -72,7 +72,7 @@ async def _begun(request: Request, state: State, key: Key, wish: StartRequest) -
         **{name: getattr(wish, name) for name in ("selected_repository", "selected_branch", "git_provider", "trigger")},
         "user_id": key.user_id,
         "key_id": key.id,
-        "title": wish.title or None,
+        "title": (wish.title or "").strip() or None,
         "llm_model": wish.llm_model,
         "pr_number": wish.pr_number or [],
         "parent_id": wish.parent_conversation_id,
@@ -160,7 +160,7 @@ async def search_conversations(
     request: Request,
     state: AppState,
     key: UserKey,
-    title: Annotated[Title, Query(alias="title__contains")] = None,
+    title: Annotated[Wanted, Query(alias="title__contains")] = None,
     created_from: Annotated[Moment, Query(alias="created_at__gte")] = None,
     created_before: Annotated[Moment, Query(alias="created_at__lt")] = None,
     updated_from: Annotated[Moment, Query(alias="updated_at__gte")] = None,
@@ -182,7 +182,7 @@ async def search_conversations(
 async def count_conversations(
     state: AppState,
     key: UserKey,
-    title: Annotated[Title, Query(alias="title__contains")] = None,
+    title: Annotated[Wanted, Query(alias="title__contains")] = None,
     created_from: Annotated[Moment, Query(alias="created_at__gte")] = None,
     created_before: Annotated[Moment, Query(alias="created_at__lt")] = None,
     updated_from: Annotated[Moment, Query(alias="updated_at__gte")] = None,
