@@ -134,8 +134,14 @@ CREATE = (
 )
 RENAME = sa.update(table).where(this).values(title=bindparam("title"), updated_at=_NOW).returning(table.c.id)
 NAME = RENAME.where(table.c.title.is_(None))
-# One that was never ready, and that nobody knows of.
-DROP_STARTING = sa.delete(table).where(this, table.c.sandbox_status == "STARTING", table.c.api == "V1")
+DROP = sa.delete(table).where(this)
+# V0 starts have no task: what a relay has left in the middle of one, nobody goes on with.
+DROP_LEFT = sa.delete(table).where(
+    _own,
+    table.c.api == "V0",
+    table.c.sandbox_status == "STARTING",
+    table.c.created_at < _NOW - bindparam("seconds", type_=sa.Float) * _SECOND,
+)
 DELETE = sa.delete(table).where(this, _own).returning(table.c.id)
 
 # One of a user's conversations at a time takes or gives up a place among those that run.

@@ -26,6 +26,7 @@ from shared.errors import SessionArchived, SessionNotFound
 from shared.session_client import SessionClient
 
 _AT_ONCE: Final = 8
+_LIVELINESS: Final[tuple[SandboxStatus, ...]] = ("RUNNING", "STARTING", "PAUSED", "ERROR", "MISSING")
 _V0_STATUS: Final = {
     "RUNNING": "RUNNING",
     "STARTING": "STARTING",
@@ -71,10 +72,13 @@ class Conversing:
 
         return dict(await asyncio.gather(*(one(each) for each in found)))
 
-    async def require_there(self, conversation: Conversation) -> None:
-        """Raises ConversationArchived for one whose session was ended or erased."""
-        if sandbox_status(conversation, await self.session_of(conversation)) == "MISSING":
+    async def there(self, found: Sequence[Conversation]) -> list[Conversation]:
+        """Those whose sessions go on; raises ConversationArchived where all were ended or erased."""
+        sessions = await self.sessions_of(found)
+        there = [each for each in found if sandbox_status(each, sessions[each.id]) != "MISSING"]
+        if not there:
             raise ConversationArchived
+        return there
 
     async def remove(self, conversation: Conversation) -> None:
         """Stops it, ends its session, and removes it with its events and files."""
@@ -150,20 +154,24 @@ class Conversing:
             "sub_conversation_ids": children,
         }
 
-    async def sandbox(self, found: Sequence[Conversation], base_url: str) -> dict[str, Any]:
-        """The sandbox of these conversations, as the V1 API shows it."""
-        first = found[0]
-        status = sandbox_status(first, await self.session_of(first))
-        is_running = status == "RUNNING"
-        return {
-            "id": first.sandbox_id,
-            "created_by_user_id": first.user_id,
-            "sandbox_spec_id": "relay",
-            "status": status,
-            "session_api_key": self.secret_of(first) if is_running else None,
-            "exposed_urls": [{"name": "AGENT_SERVER", "url": base_url}] if is_running else None,
-            "created_at": first.created_at,
-        }
+    async def sandboxes(self, found: dict[str, list[Conversation]], base_url: str) -> dict[str, dict[str, Any]]:
+        """Sandboxes by their ids as the V1 API shows them; one that several share is what the liveliest of them is."""
+        sessions = await self.sessions_of([each for shared in found.values() for each in shared])
+        shown = {}
+        for sandbox_id, shared in found.items():
+            statuses = {each.id: sandbox_status(each, sessions[each.id]) for each in shared}
+            liveliest = min(shared, key=lambda each: _LIVELINESS.index(statuses[each.id]))
+            is_running = statuses[liveliest.id] == "RUNNING"
+            shown[sandbox_id] = {
+                "id": sandbox_id,
+                "created_by_user_id": liveliest.user_id,
+                "sandbox_spec_id": "relay",
+                "status": statuses[liveliest.id],
+                "session_api_key": self.secret_of(liveliest) if is_running else None,
+                "exposed_urls": [{"name": "AGENT_SERVER", "url": base_url}] if is_running else None,
+                "created_at": shared[0].created_at,
+            }
+        return shown
 
 
 async def _delete(conn: Conn, conversation: Conversation) -> None:

@@ -29,6 +29,7 @@ SWEEP_SECONDS: Final = 2.0
 # An owner that lives may have been kept from the database; it has this long to say so once that is back.
 _DOUBT_SECONDS: Final = 3.0
 _PAUSE_SECONDS: Final = 10.0
+_PAUSES: Final = 3
 _STOP_SECONDS: Final = 6.0
 _GONE: Final = "The relay that ran this conversation is gone; what it had stored is kept"
 _TASK_GONE: Final = "The relay that started this conversation is gone"
@@ -45,7 +46,6 @@ class Runs:
     max_running: int
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _overdue: dict[str, tuple[datetime, float]] = field(default_factory=dict)
-    is_stopping: bool = False
 
     async def start(self, conversation_id: str, *, if_running: bool = False) -> None:
         """Begins a run and returns; with `if_running` one that goes on shall go on once more after it.
@@ -59,8 +59,8 @@ class Runs:
         run_id = str(uuid7())
 
         async def work(conn: Conn) -> bool:
-            if conversation.sandbox_status != "RUNNING":
-                await places.lock(conn, conversation.user_id)
+            # Also for one that has a place: it may have lost that until its row is locked.
+            await places.lock(conn, conversation.user_id)
             row = await conversations.lock(conn, conversation_id)
             if row.is_running:
                 if not if_running:
@@ -108,15 +108,19 @@ class Runs:
             await self._until_still(conversation_id, news)
 
     async def pause_sandbox(self, conversation: Conversation) -> None:
-        """Pauses what runs, and gives the place up."""
-        await self.pause(conversation.id)
+        """Pauses what runs, and gives the place up: but for one that is begun again and again meanwhile."""
 
-        async def work(conn: Conn) -> None:
+        async def work(conn: Conn) -> bool:
             row = await conversations.lock(conn, conversation.id)
-            if row.sandbox_status == "RUNNING":
+            if row.sandbox_status == "RUNNING" and not row.is_running:
                 await events.set_sandbox_status(conn, row, "PAUSED")
+            return not row.is_running
 
-        await self.database.transact(work)
+        for _ in range(_PAUSES):
+            await self.pause(conversation.id)
+            if await self.database.transact(work):
+                return
+        raise RunInProgress
 
     async def _until_still(self, conversation_id: str, news: asyncio.Event) -> None:
         until = monotonic() + _PAUSE_SECONDS
@@ -178,4 +182,4 @@ async def _give_up(conn: Conn, task: Row) -> None:
     values = {"id": task["id"], "expires_at": task["expires_at"], "detail": _TASK_GONE}
     if await conn.rows(start_tasks.GIVE_UP, **values):
         log.warning("start_task_stranded", task=task["id"])
-        await conn.rows(conversations.DROP_STARTING, id=task["conversation_id"])
+        await conn.rows(conversations.DROP, id=task["conversation_id"])

@@ -6,6 +6,7 @@ conversation runs, or in ERROR, and then there is none.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
@@ -15,7 +16,7 @@ from uuid_utils import uuid7
 
 from services.relay import conversations, events, places, runtime_keys, start_tasks
 from services.relay.conversations import Api, Conversation
-from services.relay.errors import ConversationNotFound, NoAccount, NoPlace, RelayError, SandboxNotFound
+from services.relay.errors import ConversationNotFound, NoAccount, NoPlace, SandboxNotFound
 from services.relay.pool import Pool
 from services.relay.posting import Posting
 from services.relay.session_limit import SessionLimit
@@ -104,7 +105,7 @@ class Starts:
         try:
             if detail is not None:
                 log.warning("start_failed", detail=detail)
-                await conversations.delete(self.database, task.user_id, task.conversation_id)
+                await self._undo(task.user_id, task.conversation_id)
                 await tell("ERROR", detail=detail)
         except (DatabaseUnavailable, _GivenUp):
             log.warning("start_failure_not_told")  # its time runs out, and the task is given up
@@ -204,7 +205,10 @@ class Starts:
             self.limit.leave(key)
 
     async def start_v0(self, wish: Wish, *, base_url: str, wait_seconds: float) -> Conversation:
-        """The conversation, started, without a task; one that could not start is there no more."""
+        """The conversation, started, without a task; one that could not start is there no more.
+
+        Raises what kept it from starting.
+        """
 
         async def tell(_status: Status, **_told: str) -> None:
             return None
@@ -212,9 +216,16 @@ class Starts:
         conversation_id = uuid7().hex
         try:
             return await self.carry_out(wish, conversation_id, tell, base_url=base_url, wait_seconds=wait_seconds)
-        except RelayError:
-            await conversations.delete(self.database, wish.values["user_id"], conversation_id)
+        except (ServiceError, asyncio.CancelledError):
+            await self._undo(wish.values["user_id"], conversation_id)
             raise
+
+    async def _undo(self, user_id: str, conversation_id: str) -> None:
+        """Nothing is left of a start that failed, but what session_service has while it is away."""
+        await conversations.delete(self.database, user_id, conversation_id)
+        with suppress(ServiceError):
+            await self.sessions.end_session(SessionKey(user_id, _hyphenated(conversation_id)))
+            self.limit.closed()
 
 
 async def _is_up(conn: Conn, conversation_id: str) -> None:

@@ -117,6 +117,28 @@ async def test_a_shared_sandbox(caller: User) -> None:
     assert {(await each.app())["sandbox_status"] for each in (first, second)} == {"PAUSED"}
 
 
+async def test_a_shared_sandbox_is_what_the_liveliest_in_it_is(caller: User) -> None:
+    first = await caller.conversation()
+    sandbox_id = (await first.app())["sandbox_id"]
+    second = await caller.conversation(sandbox_id=sandbox_id)
+    fine(await caller.http.post(f"/sessions/{first.session_id}/close"))
+
+    async def shown() -> tuple[str, str | None]:
+        (box,) = fine(await caller.http.get("/api/v1/sandboxes", params={"id": sandbox_id}))
+        return box["status"], box["session_api_key"]
+
+    assert await shown() == ("RUNNING", second.secret)
+    path = f"/api/v1/sandboxes/{sandbox_id}"
+    fine(await caller.http.post(f"{path}/pause", json={}))
+    assert await shown() == ("PAUSED", None)
+    fine(await caller.http.post(f"{path}/resume", json={}))
+    assert await shown() == ("RUNNING", second.secret)
+    assert (await second.app())["sandbox_status"] == "RUNNING"
+    fine(await caller.http.post(f"/sessions/{second.session_id}/close"))
+    assert await shown() == ("MISSING", None)
+    refused(await caller.http.post(f"{path}/resume", json={}), 409)
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [

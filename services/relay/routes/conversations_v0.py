@@ -130,7 +130,7 @@ async def delete_conversation(id: AnyId, state: AppState, key: UserKey) -> Respo
 @router.post("/{id}/start")
 async def start_conversation(conversation: Owned, state: AppState, _: ProvidersSet | None = None) -> Response:
     """Makes the conversation ready to go on."""
-    await state.conversing.require_there(conversation)
+    await state.conversing.there([conversation])
     await state.conversing.runs.resume_sandbox(conversation)
     return answer(_told(conversation.id, None, "RUNNING"))
 

@@ -225,7 +225,7 @@ async def get_sandboxes(
 ) -> Response:
     """These sandboxes in the order asked; null for one that is not there, or another user's."""
     found = await conversations.by_sandboxes(state.database, key.user_id, ids)
-    shown = {each: await all_.sandbox(found[each], base_url(request, state)) for each in found}
+    shown = await all_.sandboxes(found, base_url(request, state))
     return answer([shown.get(each) for each in ids])
 
 
@@ -240,8 +240,7 @@ async def pause_sandbox(sandbox_id: SandboxId, state: AppState, key: UserKey) ->
 @router.post("/sandboxes/{sandbox_id}/resume")
 async def resume_sandbox(sandbox_id: SandboxId, state: AppState, key: UserKey) -> Response:
     """Makes its conversations ready to go on; a run goes on when it is asked to."""
-    for each in await _in_sandbox(state, key, sandbox_id):
-        await state.conversing.require_there(each)
+    for each in await state.conversing.there(await _in_sandbox(state, key, sandbox_id)):
         await state.conversing.runs.resume_sandbox(each)
     return answer(_SUCCESS)
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Final
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Request, Response
-from starlette.convertors import Convertor, register_url_convertor
 from starlette.datastructures import UploadFile
 
 from services.relay import attachments
@@ -42,21 +41,6 @@ _DESCRIBED: Final[dict[str, Any]] = {
         },
     }
 }
-
-
-class _Anything(Convertor[str]):
-    """Like `path`, and newlines too: a path that has one is refused, and not cut off or unknown."""
-
-    regex = r"(?s:.*)"
-
-    def convert(self, value: str) -> str:
-        return value
-
-    def to_string(self, value: str) -> str:
-        return value
-
-
-register_url_convertor("anything", _Anything())
 
 
 async def _file_path(path: str) -> str:

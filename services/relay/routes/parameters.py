@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Annotated, Any
 
 from fastapi import Depends, Path, Request, Response
+from starlette.convertors import Convertor, register_url_convertor
 
 from services.relay.callers import presented, shows_nothing
 from services.relay.errors import NotPermitted
@@ -16,6 +17,21 @@ from shared.strict_route import StrictRoute
 async def _state(request: Request) -> State:
     state: State = request.app.state.relay
     return state
+
+
+class _Anything(Convertor[str]):
+    """Takes whatever the rest of the path is, newlines too, for a route that refuses it in its own words."""
+
+    regex = r"(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("anything", _Anything())
 
 
 AppState = Annotated[State, Depends(_state)]

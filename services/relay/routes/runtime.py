@@ -29,7 +29,7 @@ async def pause(conversation: AtRuntime, all_: Conversations) -> Response:
 @router.post("/conversations/{id}/run")
 async def run(conversation: AtRuntime, all_: Conversations) -> Response:
     """Goes on, and answers at once; 409 while it runs already."""
-    await all_.require_there(conversation)
+    await all_.there([conversation])
     await all_.runs.start(conversation.id)
     return answer(_SUCCESS)
 

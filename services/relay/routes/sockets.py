@@ -16,13 +16,14 @@ from starlette.websockets import WebSocketDisconnect
 from uuid_utils import uuid7
 
 from services.relay import conversations, event_frames, events
-from services.relay.conversation_input import UserMessage
-from services.relay.conversations import Conversation
-from services.relay.errors import ConversationNotFound, RelayError, WrongRuntimeKey
+from services.relay.conversation_input import UserMessage, hex_of
+from services.relay.conversations import Conversation, SandboxStatus
+from services.relay.conversing import sandbox_status
+from services.relay.errors import ConversationNotFound, RelayError, WrongRuntimeKey, message_of
 from services.relay.routes.conversation_access import RUNTIME_KEY, by_runtime_key
 from services.relay.state import State
 from shared import json
-from shared.errors import ServiceError, ValidationFailed
+from shared.errors import ServiceError, Unavailable, ValidationFailed
 from shared.json import dump_text, rfc3339
 from shared.strict_route import validation_failed
 
@@ -32,12 +33,12 @@ router = APIRouter()
 _BAD_KEY: Final = 4001
 _UNKNOWN: Final = 4004
 _TRY_AGAIN: Final = 1013
-_PAGE: Final = 100
-_LOOK_SECONDS: Final = 5.0
+_PAGE: Final = 25  # events may be large, and a slow reader holds as many
+_LOOK_SECONDS: Final = 60.0  # whatever changes wakes it; this is for what nobody has thought of
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 
 
-@router.websocket("/sockets/events/{id}")
+@router.websocket("/sockets/events/{id:anything}")
 async def watch(socket: WebSocket) -> None:
     """First the conversation's whole state, then what was asked for of its history, then what happens."""
     state: State = socket.app.state.relay
@@ -61,19 +62,13 @@ async def watch(socket: WebSocket) -> None:
 
 
 async def _admitted(socket: WebSocket, state: State) -> Conversation:
+    """Who has no key, or a wrong one, is told all the same that there is no such conversation."""
     state.require_ready()
     secret = socket.query_params.get("session_api_key") or socket.headers.get(RUNTIME_KEY)
-    try:
-        return await by_runtime_key(state, socket.path_params["id"], secret)
-    except WrongRuntimeKey:
-        if await _is_unknown(state, socket.path_params["id"]):
-            raise ConversationNotFound from None
-        raise
-
-
-async def _is_unknown(state: State, conversation_id: str) -> bool:
-    digits = conversation_id.lower().replace("-", "")
-    return await conversations.find(state.database, digits) is None
+    digits = hex_of(socket.path_params["id"])
+    if digits is None or await conversations.find(state.database, digits) is None:
+        raise ConversationNotFound
+    return await by_runtime_key(state, digits, secret)
 
 
 async def _close(socket: WebSocket, code: int, reason: str) -> None:
@@ -93,6 +88,8 @@ async def _serve(socket: WebSocket, state: State, conversation: Conversation) ->
             task.result()
     finally:
         connections[conversation.id] -= 1
+        if not connections[conversation.id]:
+            del connections[conversation.id]
         for task in (sending, reading):
             task.cancel()
         await asyncio.gather(sending, reading, return_exceptions=True)
@@ -104,11 +101,11 @@ async def _serve(socket: WebSocket, state: State, conversation: Conversation) ->
 async def _send(socket: WebSocket, state: State, conversation: Conversation) -> None:
     database = state.database
     with state.conversing.live.watching(conversation.id) as news:
-        await state.conversing.log.settle(conversation)
+        is_missing = await _settled(state, conversation) == "MISSING"
         seen = await conversations.find(database, conversation.id)
         if seen is None:
             raise ConversationNotFound
-        await socket.send_text(dump_text(_full_state(seen)))
+        await socket.send_text(dump_text(_full_state(seen, is_missing=is_missing)))
         next_seq = await _start(socket, state, seen)
         while True:
             news.clear()
@@ -123,23 +120,31 @@ async def _send(socket: WebSocket, state: State, conversation: Conversation) -> 
                 raise ConversationNotFound
 
 
+async def _settled(state: State, conversation: Conversation) -> SandboxStatus:
+    """While session_service is away a socket begins with what is known here, and hears the rest later."""
+    try:
+        return sandbox_status(conversation, await state.conversing.log.settle(conversation))
+    except Unavailable:
+        return conversation.sandbox_status
+
+
 async def _start(socket: WebSocket, state: State, seen: Conversation) -> int:
     """The number of the first event to be sent: after the last that the client has, from the start, or what is new."""
     query = socket.query_params
     last_id = query.get("last_event_id") or query.get("latest_event_id")
     if last_id:
-        seq = await events.seq_of(state.database, seen.id, last_id)
+        seq = await events.seq_of(state.database, seen.id, last_id.replace("\0", "\ufffd"))  # no id of an event either
         return 0 if seq is None else seq + 1
     return 0 if query.get("resend_all", "").lower() in _TRUE else seen.next_seq
 
 
-def _full_state(conversation: Conversation) -> dict[str, Any]:
-    is_running = conversation.sandbox_status == "RUNNING"
+def _full_state(conversation: Conversation, *, is_missing: bool) -> dict[str, Any]:
+    status = "MISSING" if is_missing else conversation.sandbox_status
     value = {
         "id": conversation.id,
         "title": conversation.shown_title,
-        "sandbox_status": conversation.sandbox_status,
-        "execution_status": conversation.execution_status if is_running else None,
+        "sandbox_status": status,
+        "execution_status": conversation.execution_status if status == "RUNNING" else None,
     }
     return event_frames.now("ConversationStateUpdateEvent", _now(), key="full_state", value=value)
 
@@ -163,7 +168,7 @@ async def _read(socket: WebSocket, state: State, conversation_id: str) -> None:
                 raise ConversationNotFound
             await state.conversing.posting.post(conversation, message.parts, run=True)
         except (RelayError, ServiceError) as error:
-            told = {"code": error.code, "detail": error.detail}
+            told = {"code": error.code, "detail": message_of(error)}
             await socket.send_text(dump_text(event_frames.now("ConversationErrorEvent", _now(), **told)))
 
 

@@ -1,0 +1,146 @@
+"""Conversations while session_service or the relay is away: nothing that was told is lost, nothing is left over."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+import pytest_asyncio
+
+from tests.relay.calls import MODEL
+from tests.relay.conftest import user_at
+from tests.relay.conversing import Conversation, User, fine, refused, say, until
+from tests.relay.stack import Stack, stack_of
+from tests.upstream.client import TestUpstream
+
+SLOW = {"text": "one two three four five six seven eight nine ten", "event_delay_ms": 100, "delta_characters": 5}
+
+
+@dataclass
+class Place:
+    """A stack, and a user of it."""
+
+    stack: Stack
+    user: User
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def place(own_database: str, upstream: TestUpstream, tmp_path: Path) -> AsyncIterator[Place]:
+    settings = {"RELAY_RETRY_WAIT_SECONDS": "0", "RELAY_STORE_TIMEOUT_SECONDS": "5"}
+    async with (
+        stack_of(own_database, upstream, tmp_path / "stack", **settings) as stack,
+        user_at(stack.relay, stack.folder, stack.sessions) as user,
+    ):
+        yield Place(stack, user)
+
+
+async def test_starts_without_the_store(place: Place) -> None:
+    """They say why they failed, hold no place, and leave nothing."""
+    stack, user = place.stack, place.user
+    stack.store.kill()
+    tasks = [await user.start(llm_model=MODEL) for _ in range(6)]
+    ended = [await user.ended(task["id"]) for task in tasks]
+    assert {(task["status"], task["app_conversation_id"]) for task in ended} == {("ERROR", None)}
+    assert all(task["detail"] for task in ended)
+    for _ in range(6):
+        refused(await user.http.post("/api/conversations", json={"initial_user_msg": "Hi"}), 503)
+    stack.revive()
+    assert fine(await user.http.get("/api/conversations"))["results"] == []
+    mine = await user.conversation(initial_message=say("Hi", run=False))
+    assert await mine.stored() == [("user", "Hi")]
+
+
+async def test_what_a_killed_relay_was_starting_holds_no_place(place: Place) -> None:
+    user = place.user
+    made = fine(await user.http.post("/api/conversations", json={}))["conversation_id"]
+    async with place.stack.sql() as sql:
+        await sql.execute(
+            "UPDATE dev.relay_conversations SET sandbox_status = 'STARTING', created_at = now() - interval '1 hour'"
+        )
+    for _ in range(5):
+        await user.conversation()
+    assert fine(await user.http.get(f"/api/conversations/{made}")) is None
+    found = fine(await user.http.get("/api/v1/app-conversations/search"))["items"]
+    assert [each["sandbox_status"] for each in found] == ["RUNNING"] * 5
+
+
+async def test_the_store_is_killed_while_an_answer_comes(place: Place, upstream: TestUpstream) -> None:
+    """The answer waits on disk, and the run for it."""
+    stack = place.stack
+    mine = await place.user.conversation()
+    upstream.script(SLOW)
+    await mine.say("Count")
+    await upstream.until(lambda state: state["running"] > 0)
+    stack.store.kill()
+    await upstream.until(lambda state: state["running"] == 0)
+    async with mine.socket() as socket:  # it does not need the store
+        first = await socket.next()
+        assert first["value"]["execution_status"] == "running"
+        stack.revive()
+        await socket.until_status("finished")
+        assert socket.told[-2:] == [("agent", str(SLOW["text"])), ("status", "finished")]
+    assert await mine.stored() == [("user", "Count"), ("assistant", str(SLOW["text"]))]
+    assert len(upstream.requests("/v1/messages")) == 1
+
+
+async def test_the_relay_is_killed_again_and_again(place: Place, upstream: TestUpstream) -> None:
+    """Every message that was told to be stored is there once, and none was answered twice."""
+    stack, user = place.stack, place.user
+    mine = await user.conversation()
+    upstream.script({"text": "answer", "event_delay_ms": 30, "delta_characters": 1, "repeat": -1})
+    told: list[str] = []
+    is_over = asyncio.Event()
+
+    async def talk(who: int) -> None:
+        number = 0
+        while not is_over.is_set():
+            number += 1
+            said = f"{who}-{number}"
+            try:
+                answer = await mine.call("events", say(said, run=bool(number % 2)))
+            except httpx.TransportError:
+                await asyncio.sleep(0.1)
+                continue
+            if answer.status_code == 200:
+                told.append(said)
+            await asyncio.sleep(0.05)
+
+    talking = [asyncio.create_task(talk(who)) for who in range(2)]
+    for pause in (0.7, 1.1, 1.6):
+        await asyncio.sleep(pause)
+        stack.relay.kill()
+        stack.revive()
+    await asyncio.sleep(0.5)
+    is_over.set()
+    await asyncio.gather(*talking)
+    assert len(told) > 6
+    await _finish(mine)
+    stored = await mine.stored()
+    asked = [said for role, said in stored if role == "user"]
+    assert len(set(asked)) == len(asked)
+    assert set(told) <= set(asked)
+    assert sorted(said for kind, said in await _all_told(mine) if kind == "user") == sorted(asked)
+    roles = [role for role, _ in stored]
+    assert ("assistant", "assistant") not in list(pairwise(roles))
+
+
+async def _finish(mine: Conversation) -> None:
+    """Until what a killed relay has left is given up, and all that waits was answered."""
+
+    async def is_still() -> bool:
+        return bool((await mine.app())["execution_status"] != "running")
+
+    await until(is_still, 40)
+    await mine.say("The end")
+
+    async def is_answered() -> bool:
+        return (await mine.stored())[-2:] == [("user", "The end"), ("assistant", "answer")]
+
+    await until(is_answered, 40)
+
+
+async def _all_told(mine: Conversation) -> list[tuple[str, str]]:
+    trajectory = fine(await mine.user.http.get(f"{mine.path}/trajectory"))["trajectory"]
+    return [(event["source"], event["message"]) for event in trajectory if event.get("action") == "message"]
