@@ -8,10 +8,10 @@ COMPILE := $(UV) pip compile pyproject.toml --universal --python-version 3.11 --
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup start stop restart status logs migrate test fire torture ci lint format bench lock
+.PHONY: help setup start stop restart status logs migrate test fire torture ci lint format bench bench-peers lock
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv for development and get a consul program
 	@$(SCRIPTS)/run_tests.sh --setup-only
@@ -58,6 +58,9 @@ format: setup ## format the code and repair what can be repaired by itself
 
 bench: ## measure the real stack, about 5 minutes (BENCH=--quick: 1; BENCH=--help)
 	@$(SCRIPTS)/run_benchmarks.sh $(BENCH)
+
+bench-peers: ## the same work done by others, each in an environment of its own (BENCH=--quick)
+	@$(SCRIPTS)/run_benchmarks.sh peers $(BENCH)
 
 # The shared packages get the same versions in all files; the note that says so is left out.
 lock: ## write the lock files anew from pyproject.toml (needs uv; newest versions: make lock UPGRADE=--upgrade)

@@ -2,22 +2,18 @@
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from benchmarks import appends, lists, plots, process, relay, turns
+from benchmarks.conditions import conditions_of
 from benchmarks.figures import Figure, Findings, markdown, table
 from benchmarks.load import WrongAnswer
 from benchmarks.pgbench import PgbenchFailed
-from benchmarks.stack import LONG, NORMAL, QUICK, Pace, Stack, stack_of
+from benchmarks.stack import LONG, NORMAL, QUICK, Stack, stack_of
 
 BENCHMARKS: dict[str, Callable[[Stack], Findings]] = {
     "appends": appends.run,
@@ -34,7 +30,6 @@ BENCHMARKS: dict[str, Callable[[Stack], Findings]] = {
     "indexing": process.indexing,
 }
 """By name, in the order in which they run."""
-_PACKAGES = ("asyncpg", "fastapi", "httpx", "aiohttp", "orjson", "pydantic", "uvicorn", "uvloop")
 
 
 def _arguments() -> argparse.Namespace:
@@ -60,30 +55,6 @@ def _told(run: Callable[[Stack], Findings]) -> str:
     return (run.__doc__ or "").splitlines()[0]
 
 
-def _conditions(pace: Pace, postgres: str) -> dict[str, Any]:
-    """What the figures were taken on."""
-    return {
-        "taken_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "pace": pace.name,
-        "cpus": psutil.cpu_count(),
-        "cpu": _cpu(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "postgres": postgres,
-        "load_average_before": psutil.getloadavg()[0],
-        "packages": {name: version(name) for name in _PACKAGES},
-    }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-
-
 def _measure(name: str, stack: Stack, figures: list[Figure], curves: dict[str, Any]) -> None:
     started_at = time.monotonic()
     found = BENCHMARKS[name](stack)
@@ -103,7 +74,7 @@ def main() -> int:
     started_at = time.monotonic()
     try:
         with stack_of(pace) as stack:
-            conditions = _conditions(pace, stack.run_sql("SHOW server_version"))
+            conditions = conditions_of(pace, stack.run_sql("SHOW server_version"))
             for name in arguments.names or BENCHMARKS:
                 _measure(name, stack, figures, curves)
     except (WrongAnswer, PgbenchFailed) as error:

@@ -85,6 +85,12 @@ class Stack:
         self.run_sql(f'CREATE DATABASE "{name}" TEMPLATE "{self._template}"')
         return self._url_of(name)
 
+    def empty_database(self) -> str:
+        """The URL of a new database without a schema, for others than us."""
+        name = f"bench_{uuid.uuid4().hex[:8]}"
+        self.run_sql(f'CREATE DATABASE "{name}"')
+        return self._url_of(name)
+
     def _url_of(self, name: str) -> str:
         base, _, query = self.postgres_url.partition("?")
         return f"{base.rsplit('/', 1)[0]}/{name}?{query}"

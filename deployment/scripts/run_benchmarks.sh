@@ -14,4 +14,7 @@ ensure_venv requirements-bench.lock
 # Settings of a running stack must not reach what is measured.
 unset DATABASE_URL DB_SCHEMA CONSUL_HOST CONSUL_PORT SESSION_SERVICE_URL SESSION_SERVICE_TOKENS ENVIRONMENT DATA_DIR
 cd "$ROOT" || exit 1
+if [[ ${1:-} == peers ]]; then
+    exec "$PY" -m benchmarks.peers "${@:2}"
+fi
 exec "$PY" -m benchmarks "$@"
