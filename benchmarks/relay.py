@@ -24,7 +24,7 @@ def added_latency(stack: Stack) -> Findings:
     for rate in RATES:
         ours: list[list[float]] = []
         theirs: list[list[float]] = []
-        for _ in range(max(2, stack.pace.rounds)):
+        for _ in range(stack.pace.rounds):
             plan = {"workers": 64, "seconds": stack.pace.seconds, "rate": rate}
             ours.append(ways.stored("plain", **plan).ms)
             theirs.append(ways.direct("plain", **plan).ms)

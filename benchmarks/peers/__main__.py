@@ -90,7 +90,8 @@ def stores(stack: Stack, rounds: int, lengths: tuple[int, ...]) -> list[Line]:
             }
             for driver in drivers:
                 driver.do(do="fill", session=f"s{length}", count=length)
-                driver.do(do="append", session=f"s{length}", times=3)  # warm
+                for what in taken:
+                    driver.do(do=what, session=f"s{length}", times=_TIMES // 2)  # warm
             for _ in range(rounds):
                 for what, by_name in taken.items():
                     for driver in drivers:
