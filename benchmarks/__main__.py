@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import appends, lists, plots, process, relay, turns
+from benchmarks import appends, lists, pages, plots, process, relay, turns
 from benchmarks.conditions import conditions_of
 from benchmarks.figures import Figure, Findings, markdown, table
 from benchmarks.load import WrongAnswer
@@ -45,6 +45,7 @@ def _arguments() -> argparse.Namespace:
     pace.add_argument("--quick", action="store_true", help="a minute in all: shows that it works")
     pace.add_argument("--long", action="store_true", help="half an hour in all: a million sessions, 100,000 turns")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder of results (%(default)s)")
+    parser.add_argument("--write", action="store_true", help="put the result on the page docs/performance.md")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - BENCHMARKS.keys():
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
@@ -85,6 +86,8 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     (arguments.out / "result.md").write_text(markdown(figures))
+    if arguments.write:
+        pages.write("performance.md", markdown(figures), conditions)
     drawn = plots.draw(result, arguments.out)
     print(table(figures))
     print(f"\n{arguments.out}: result.json, result.md, {', '.join(path.name for path in drawn)}")

@@ -40,7 +40,7 @@ class Pace:
     turns: int
     sessions: int
     long_session: int
-    held_events: int = 24
+    held_events: int = 60
 
     @property
     def seconds_long(self) -> float:

@@ -16,7 +16,7 @@ from pydantic_core import from_json
 from shared import wire
 from shared.discovery import Instance, Instances
 from shared.errors import Internal, NotInitialized, ServiceError, SessionServiceUnavailable, Unauthorized, decode
-from shared.http_client import SLICE_BYTES, http_client, in_slices, was_not_sent
+from shared.http_client import SLICE_BYTES, exchange, in_slices, transport, was_not_sent
 from shared.json import dumps
 
 log = structlog.get_logger(__name__)
@@ -55,14 +55,15 @@ class SessionClient:
         connect_timeout_seconds: float = 2,
     ) -> None:
         self._instances = instances
-        self._client = http_client(
-            read_seconds=timeout_seconds,
-            connect_seconds=connect_timeout_seconds,
-            headers={"authorization": f"Bearer {token}"} if token else {},
-        )
+        self._transport = transport()
+        self._timeout_seconds = timeout_seconds
+        self._connect_timeout_seconds = connect_timeout_seconds
+        self._headers = {"content-type": "application/json"}
+        if token:
+            self._headers["authorization"] = f"Bearer {token}"
 
     async def close(self) -> None:
-        await self._client.aclose()
+        await self._transport.aclose()
 
     # ── sessions ────────────────────────────────────────────────────────────────────────────────
 
@@ -174,21 +175,19 @@ class SessionClient:
         query = {**(params or {}), **({"user_id": key.user_id} if key else {})}
         sent = b"" if body is None else dumps(body.model_dump(exclude_none=True))
         lengths = {"content-length": str(len(sent))} if len(sent) > SLICE_BYTES else {}
-        timeout = self._client.timeout
-        if extra_seconds:
-            read = (timeout.read or 0) + extra_seconds
-            timeout = httpx.Timeout(read, connect=timeout.connect)
+        timeouts = {"connect": self._connect_timeout_seconds, "read": self._timeout_seconds + extra_seconds}
         failure: ServiceError = SessionServiceUnavailable(retry_after_seconds=1)
         for instance in self._instances.in_order()[:_MAX_TRIES]:
             try:
-                response = await self._client.request(
+                request = httpx.Request(
                     method,
                     instance.url + path,
                     params=query,
                     content=in_slices(sent) if lengths else sent,
-                    headers={"content-type": "application/json", **lengths, **(headers or {})},
-                    timeout=timeout,
+                    headers={**self._headers, **lengths, **(headers or {})},
+                    extensions={"timeout": timeouts},
                 )
+                response = await exchange(self._transport, request)
             except (httpx.HTTPError, OSError) as error:
                 self._instances.failed(instance)
                 log.warning("session_service_call_failed", instance=instance.url, error=type(error).__name__)

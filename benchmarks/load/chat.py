@@ -3,7 +3,6 @@
 Where the plan names a `store`, session_service there is asked afterwards whether every turn was stored.
 """
 
-import asyncio
 import itertools
 import uuid
 from collections.abc import Iterator
@@ -22,7 +21,6 @@ _SENT_AT = b'"sent_at":'
 _TURNS_A_SESSION = 10
 _DELTA_CHARACTERS = 12
 _OTHER_EVENTS = 6
-_UNTIL_ALL_RUN_SECONDS = 5.0
 
 
 class _Chat:
@@ -105,24 +103,24 @@ class Stream(_Chat):
         self._first_text_ms: list[float] = []
         self._event_delay_ms: list[float] = []
         self._events = 0
-        self._open = 0
-        self._watch: asyncio.Task[None] | None = None
+        self._begun = 0
+        self._all_begun_at = 0.0
         self.extra = {"first_text_ms": self._first_text_ms, "event_delay_ms": self._event_delay_ms}
 
     async def step(self, connections: Connections, worker: int) -> None:
         raw, text = self.request(worker, stream=True)
         asked_at = monotonic()
-        self._open += 1
-        if self._open == self.plan.get("count") and "watched_pid" in self.plan:
-            self._watch = asyncio.create_task(self._measure())
-        answer = await connections.ask(raw)
+        answer = await connections.ask(raw, self._on_first)
         said = b"".join(self._texts(answer, asked_at))
         self.check(answer, said, text)
 
-    async def _measure(self) -> None:
-        """Memory of the watched process in the middle of the streams, all of them open."""
-        await asyncio.sleep(_UNTIL_ALL_RUN_SECONDS)
-        self.extra["memory_bytes"] = psutil.Process(self.plan["watched_pid"]).memory_full_info().uss
+    def _on_first(self) -> None:
+        """Once all of the streams have begun: the memory of the watched process; later events are those that count."""
+        self._begun += 1
+        if self._begun == self.plan.get("count"):
+            self._all_begun_at = monotonic()
+            if "watched_pid" in self.plan:
+                self.extra["memory_bytes"] = psutil.Process(self.plan["watched_pid"]).memory_full_info().uss
 
     def _texts(self, answer: Answer, asked_at: float) -> Iterator[bytes]:
         """The texts of a stream's deltas; its last event must be the right one.
@@ -141,7 +139,7 @@ class Stream(_Chat):
                 if is_first:
                     self._first_text_ms.append((came_at - asked_at) * 1000)
                     is_first = False
-                if _SENT_AT in last:
+                if _SENT_AT in last and came_at >= self._all_begun_at:
                     sent_at = float(last.partition(_SENT_AT)[2].partition(b",")[0])
                     self._event_delay_ms.append((came_at - sent_at) * 1000)
                 yield last.partition(b'"text":"')[2].partition(b'"')[0]
@@ -150,6 +148,4 @@ class Stream(_Chat):
 
     async def verify(self, connections: Connections) -> None:
         await super().verify(connections)
-        if self._watch is not None:
-            await self._watch
         self.extra["events"] = self._events

@@ -6,6 +6,7 @@ those at which the loop read them.
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, cast
@@ -52,17 +53,18 @@ class Connection(asyncio.Protocol):
         self._waiting: asyncio.Future[Answer] | None = None
         self._headers: dict[bytes, bytes] = {}
         self._pieces: list[tuple[float, bytes]] = []
+        self._on_first: Callable[[], None] | None = None
 
     @property
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    async def ask(self, raw: bytes) -> Answer:
-        """The whole answer. Raises ConnectionError when the connection ends before it."""
+    async def ask(self, raw: bytes, on_first: Callable[[], None] | None = None) -> Answer:
+        """The whole answer; `on_first` is called at its first piece. Raises ConnectionError when it is cut off."""
         assert self._transport is not None
         assert self._waiting is None
         self._waiting = asyncio.get_running_loop().create_future()
-        self._headers, self._pieces = {}, []
+        self._headers, self._pieces, self._on_first = {}, [], on_first
         self._transport.write(raw)
         try:
             return await self._waiting
@@ -93,6 +95,9 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         self._pieces.append((monotonic(), body))
+        if self._on_first is not None:
+            self._on_first()
+            self._on_first = None
 
     def on_message_complete(self) -> None:
         if self._waiting is not None and not self._waiting.done():
@@ -118,9 +123,9 @@ class Connections:
     def give_back(self, connection: Connection) -> None:
         self._idle.append(connection)
 
-    async def ask(self, raw: bytes) -> Answer:
+    async def ask(self, raw: bytes, on_first: Callable[[], None] | None = None) -> Answer:
         connection = await self.take()
-        answer = await connection.ask(raw)
+        answer = await connection.ask(raw, on_first)
         self.give_back(connection)
         return answer
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import pages
 from benchmarks.conditions import conditions_of
 from benchmarks.figures import number, percentile
 from benchmarks.load import ROOT, WrongAnswer, run
@@ -183,6 +184,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one short round; 1,000 messages at most")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder of results (%(default)s)")
+    parser.add_argument("--write", action="store_true", help="put the result on the page docs/comparison.md")
     arguments = parser.parse_args()
     peers: list[Peer] = [*STORES.values(), LITELLM]
     for peer in peers:
@@ -193,13 +195,16 @@ def main() -> int:
         conditions["peers"] = [peer.versions() for peer in peers]
         of_stores = stores(stack, pace.rounds, LENGTHS[:2] if arguments.quick else LENGTHS)
         of_proxies = proxies(stack, pace.rounds)
-    told = f"{table(of_stores)}\n\n{table(of_proxies)}\n\n{'; '.join(conditions['peers'])}\n"
+    told = f"{table(of_stores)}\n\n{table(of_proxies)}\n"
     arguments.out.mkdir(parents=True, exist_ok=True)
     lines = [asdict(line) for line in [*of_stores, *of_proxies]]
     result = {"conditions": conditions, "lines": lines}
     (arguments.out / "peers.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     (arguments.out / "peers.md").write_text(told)
+    if arguments.write:
+        pages.write("comparison.md", told, conditions)
     print(told)
+    print("; ".join(conditions["peers"]))
     return 0
 
 
