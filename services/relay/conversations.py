@@ -142,6 +142,16 @@ DROP_LEFT = sa.delete(table).where(
     table.c.sandbox_status == "STARTING",
     table.c.created_at < _NOW - bindparam("seconds", type_=sa.Float) * _SECOND,
 )
+# V0 has no tasks that tell whether somebody still works on a start; none takes so long.
+DROP_STALE = (
+    sa.delete(table)
+    .where(
+        table.c.api == "V0",
+        literal_column("sandbox_status = 'STARTING'"),
+        table.c.created_at < _NOW - bindparam("seconds", type_=sa.Float) * _SECOND,
+    )
+    .returning(table.c.id)
+)
 DELETE = sa.delete(table).where(this, _own).returning(table.c.id)
 
 # One of a user's conversations at a time takes or gives up a place among those that run.

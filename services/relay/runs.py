@@ -28,6 +28,7 @@ log = structlog.get_logger(__name__)
 SWEEP_SECONDS: Final = 2.0
 # An owner that lives may have been kept from the database; it has this long to say so once that is back.
 _DOUBT_SECONDS: Final = 3.0
+_STALE_SECONDS: Final = 120.0
 _PAUSE_SECONDS: Final = 10.0
 _PAUSES: Final = 3
 _STOP_SECONDS: Final = 6.0
@@ -160,6 +161,8 @@ class Runs:
             name: self._overdue[name] if self._overdue.get(name, (None, 0))[0] == moment else (moment, monotonic())
             for name, moment in seen.items()
         }
+        for row in await self.database.rows(conversations.DROP_STALE, seconds=_STALE_SECONDS):
+            log.warning("start_stranded", conversation=row["id"])
         for row in runs:
             if self._is_gone(f"run {row['run_id']}"):
                 await self.database.transact(partial(_end_stranded, conversation_id=row["id"], run_id=row["run_id"]))

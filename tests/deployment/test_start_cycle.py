@@ -1,13 +1,13 @@
 """start_user_service.sh from nothing to a remembered name and back to nothing."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import time
 import urllib.request
 from typing import Any
+
+import psutil
 
 from tests.deployment.conftest import Stack, free_ports, table
 
@@ -58,7 +58,9 @@ def test_start_use_restart_and_stop(stack: Stack) -> None:
     assert table(stack.run("status").stdout) == moved
 
     # One that was killed is missed, and started again.
-    os.kill(int(rows["relay"][1]), signal.SIGKILL)
+    relay = psutil.Process(int(rows["relay"][1]))
+    relay.kill()
+    psutil.wait_procs([relay], timeout=10)
     missed = stack.run("status")
     assert (missed.returncode, table(missed.stdout)["relay"][2]) == (3, "stopped")
     assert "Ada" in paste(re.findall(r"^curl .*$", stack.run("start").stdout, flags=re.MULTILINE)[1])

@@ -7,6 +7,7 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import asyncpg
 import httpx
 import pytest
 import pytest_asyncio
@@ -234,3 +235,19 @@ async def test_a_socket_that_comes_back_misses_nothing(relays: Relays, upstream:
         expected += [("user", f"Q{number}"), ("status", "running"), ("agent", f"A{number}"), ("status", "finished")]
     assert [told_by(frame) for frame in seen if told_by(frame)] == expected
     assert len({frame["id"] for frame in seen}) == len(seen)
+
+
+async def test_a_stranded_start_of_v0_gives_its_place_back(caller: User, database_url: str) -> None:
+    """Its relay was killed in the middle: nobody works on it any more, and no task says so."""
+    mine = Conversation(caller, fine(await caller.http.post("/api/conversations", json={}))["conversation_id"], "")
+    connection = await asyncpg.connect(database_url, server_settings={"search_path": "dev"})
+    try:
+        long_ago = "sandbox_status = 'STARTING', created_at = now() - interval '3 minutes'"
+        await connection.execute(f"UPDATE relay_conversations SET {long_ago} WHERE id = $1", mine.id)
+    finally:
+        await connection.close()
+
+    async def is_gone() -> bool:
+        return fine(await caller.http.get(mine.path)) is None
+
+    await until(is_gone)

@@ -15,12 +15,11 @@ SLOW = {"text": "word " * 40, "event_delay_ms": 100}
 
 async def close_code(socket: Socket) -> int:
     """The code with which the socket is closed, after whatever it is sent before."""
-    while True:
-        try:
+    with pytest.raises(ConnectionClosed) as closed:
+        while True:
             await socket.next()
-        except ConnectionClosed as closed:
-            assert closed.rcvd is not None
-            return closed.rcvd.code
+    assert closed.value.rcvd is not None
+    return closed.value.rcvd.code
 
 
 @pytest.mark.parametrize("sent", ["a%2Fb", "a/b", "%00", "%0a", "..%2F", "a" * 1000, "%E4%BD%A0"])

@@ -189,7 +189,7 @@ def test_error_event() -> None:
         b"event: content_block_delta\ndata: []\n\n",
         b"event: content_block_stop\ndata: \xff\n\n",
         b"event: message_delta\ndata: NaN\n\n",
-        b"event: ping\ndata: {\"type\": \n\n",
+        b'event: ping\ndata: {"type": \n\n',
         b"event: content_block_start\ndata: " + b"[" * 200_000 + b"\n\n",
         MESSAGE_START,
         start(0, {"type": "text", "text": ""}),
