@@ -15,11 +15,11 @@ SLOW = {"text": "word " * 40, "event_delay_ms": 100}
 
 async def close_code(socket: Socket) -> int:
     """The code with which the socket is closed, after whatever it is sent before."""
-    with pytest.raises(ConnectionClosed) as closed:
-        while True:
+    while True:
+        try:
             await socket.next()
-    assert closed.value.rcvd is not None
-    return closed.value.rcvd.code
+        except ConnectionClosed as closed:
+            return closed.rcvd.code if closed.rcvd else 0
 
 
 @pytest.mark.parametrize("sent", ["a%2Fb", "a/b", "%00", "%0a", "..%2F", "a" * 1000, "%E4%BD%A0"])
