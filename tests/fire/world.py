@@ -149,8 +149,13 @@ class World:
         return self.folder / f"relay-{relay}"
 
     def spooled(self) -> list[Path]:
-        """Completions that wait on disk, or were set aside."""
-        return [path for number in range(len(self.relay_ports)) for path in self.data_dir(number).rglob("spool/**/*.*")]
+        """Completions that wait on disk. (Drafts of a relay that was killed are none: nobody was told of them.)"""
+        return [path for number in range(len(self.relay_ports)) for path in self.data_dir(number).glob("spool/*.json")]
+
+    def set_aside(self) -> list[str]:
+        """Completions that the store has refused for good, as they were kept."""
+        folders = [self.data_dir(number) / "spool" / "refused" for number in range(len(self.relay_ports))]
+        return [path.read_text() for folder in folders for path in folder.glob("*.json")]
 
     # ── processes ───────────────────────────────────────────────────────────────────────────────
 
