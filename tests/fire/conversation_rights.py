@@ -31,7 +31,7 @@ ROWS: list[Row] = [
     Row("POST", "/api/file/upload/{path:anything}", RUNTIME, files="file", other_runtime=200),
     Row("GET", "/api/file/download/{path:anything}", RUNTIME, other_runtime=200),
     Row("GET", "/api/vscode/url", RUNTIME, other_runtime=200),
-    Row(SOCKET, "/sockets/events/{id}", RUNTIME),
+    Row(SOCKET, "/sockets/events/{id:anything}", RUNTIME),
     _either("POST", "/events", _SAID),
     _either("POST", "/message", {"message": "{text}"}),
     _either("POST", "/upload-files", files="files"),

@@ -209,6 +209,7 @@ async def _conversation(made: World, user: User, text: str) -> Owner:
     started = await made.http.post(url, json=body, headers=headers)
     assert started.status_code == 200, started.text
     names = {"id": started.json()["conversation_id"], "path:anything": "%2Fworkspace%2Fmine.txt"}
+    names["id:anything"] = names["id"]
     url = f"{url}/{names['id']}"
     while len((await made.http.get(f"{url}/trajectory", headers=headers)).json()["trajectory"]) < 2:
         await asyncio.sleep(0.05)
