@@ -74,7 +74,7 @@ class SessionClient:
         return await self._call(wire.Session, "GET", key.path, key, repeatable=True)
 
     async def list_sessions(self, user_id: str, **params: Any) -> wire.SessionList:
-        """Parameters as in the HTTP call: active_only, status, page, page_size, order, cursor."""
+        """Parameters as in the HTTP call: active_only, status, page, page_size, order, cursor, session_id."""
         return await self._call(
             wire.SessionList, "GET", "/api/v1/sessions", params={"user_id": user_id, **params}, repeatable=True
         )

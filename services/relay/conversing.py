@@ -3,7 +3,6 @@
 Its one invariant: whoever is shown a conversation is its user, or has its runtime key.
 """
 
-import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,7 +24,7 @@ from shared.database import Conn, Database
 from shared.errors import SessionArchived, SessionNotFound
 from shared.session_client import SessionClient
 
-_AT_ONCE: Final = 8
+_AT_ONCE: Final = 100
 _LIVELINESS: Final[tuple[SandboxStatus, ...]] = ("RUNNING", "STARTING", "PAUSED", "ERROR", "MISSING")
 _V0_STATUS: Final = {
     "RUNNING": "RUNNING",
@@ -57,20 +56,16 @@ class Conversing:
         return runtime_keys.secret_of(self.pepper, conversation.id, conversation.runtime_nonce)
 
     async def session_of(self, conversation: Conversation) -> wire.Session | None:
-        try:
-            return await self.sessions.get_session(conversation.session)
-        except SessionNotFound:
-            return None
+        return (await self.sessions_of([conversation]))[conversation.id]
 
     async def sessions_of(self, found: Sequence[Conversation]) -> dict[str, wire.Session | None]:
-        """The stored sessions by the conversations' ids; None for one that was erased."""
-        some = asyncio.Semaphore(_AT_ONCE)
-
-        async def one(conversation: Conversation) -> tuple[str, wire.Session | None]:
-            async with some:
-                return conversation.id, await self.session_of(conversation)
-
-        return dict(await asyncio.gather(*(one(each) for each in found)))
+        """The stored sessions of a user's conversations, by these' ids; None for one that was erased."""
+        sessions: dict[str, wire.Session] = {}
+        for some in (found[start : start + _AT_ONCE] for start in range(0, len(found), _AT_ONCE)):
+            ids = [each.session_id for each in some]
+            listed = await self.sessions.list_sessions(some[0].user_id, session_id=ids, page_size=_AT_ONCE)
+            sessions |= {session.session_id: session for session in listed.sessions}
+        return {each.id: sessions.get(each.session_id) for each in found}
 
     async def there(self, found: Sequence[Conversation]) -> list[Conversation]:
         """Those whose sessions go on; raises ConversationArchived where all were ended or erased."""

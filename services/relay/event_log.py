@@ -7,6 +7,7 @@ messages, under the message's id; what was taken back in the session is marked s
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from time import monotonic
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ _PAGE: Final = 200
 _BUSY_SECONDS: Final = 60.0
 _LOOK_SECONDS: Final = 0.3
 _TITLE_CHARACTERS: Final = 50
+_FIRST_MESSAGES: Final = 20
 _SOURCES: Final[dict[str, Source]] = {"user": "user", "assistant": "agent"}
 
 
@@ -114,38 +116,40 @@ class EventLog:
             session = await self._sessions.get_session(key)
             if session.version == conversation.logged_version:
                 return session
-            new = await self._after(key, conversation.logged_seq)
+            seq, is_last, is_answered = conversation.logged_seq, False, False
+            while not is_last:
+                page = (await self._sessions.list_messages(key, after_seq=seq, limit=_PAGE)).messages
+                is_last = len(page) < _PAGE
+                version = session.version if is_last else conversation.logged_version
+                take_in = partial(_take_in, conversation_id=conversation.id, new=page, version=version)
+                count, logged_seq = await self._database.transact(take_in)
+                seq = page[-1].seq if page else seq
+                is_answered = is_answered or any(speaker(message.role) == "assistant" for message in page)
+            if count > session.message_count:
+                await self._mark(conversation, count, logged_seq)
         except SessionNotFound:
             return None
-        count, logged_seq = await self._database.transact(
-            lambda conn: _take_in(conn, conversation.id, new, session.version)
-        )
-        if count != session.message_count:
-            # The events do not hold as many messages as are visible: those that are not are marked.
-            visible = [message for message in await self._after(key, 0) if message.seq <= logged_seq]
-            await self._database.transact(lambda conn: _mark(conn, conversation.id, visible, logged_seq))
-        if conversation.title is None and any(speaker(message.role) == "assistant" for message in new):
-            await self._name(conversation, new)
+        if conversation.title is None and is_answered:
+            await self._name(conversation)
         return session
 
-    async def _name(self, conversation: Conversation, new: list[wire.Message]) -> None:
+    async def _mark(self, conversation: Conversation, count: int, logged_seq: int) -> None:
+        """Marks the messages that were taken back: as many as there are too many, looked for from the end."""
+        key = conversation.session
+        left, before_seq = count - (await self._sessions.get_session(key)).message_count, logged_seq + 1
+        while left > 0 and before_seq > 1:
+            wanted = {"before_seq": before_seq, "order": "desc", "limit": _PAGE, "include_superseded": True}
+            page = (await self._sessions.list_messages(key, **wanted)).messages
+            gone = [message.message_id for message in page if message.superseded_at is not None]
+            left -= await self._database.transact(partial(_supersede, conversation_id=conversation.id, ids=gone))
+            before_seq = page[-1].seq if page else 1
+
+    async def _name(self, conversation: Conversation) -> None:
         """After the first answer a conversation is called by what was said first."""
-        if conversation.logged_seq:
-            new = (await self._sessions.list_messages(conversation.session, page_size=_PAGE)).messages
-        first = next((message.content for message in new if message.role == "user"), "")
+        first_ones = await self._sessions.list_messages(conversation.session, page_size=_FIRST_MESSAGES)
+        first = next((message.content for message in first_ones.messages if message.role == "user"), "")
         if title := _title_of(first):
             await conversations.name(self._database, conversation.id, title)
-
-    async def _after(self, key: SessionKey, seq: int) -> list[wire.Message]:
-        """The visible messages after this seq."""
-        found: list[wire.Message] = []
-        while True:
-            page = await self._sessions.list_messages(key, after_seq=seq, limit=_PAGE)
-            found += page.messages
-            if len(page.messages) < _PAGE:
-                return found
-            seq = page.messages[-1].seq
-            await asyncio.sleep(0)
 
 
 async def _take_in(conn: Conn, conversation_id: str, new: list[wire.Message], version: int) -> tuple[int, int]:
@@ -163,13 +167,13 @@ async def _take_in(conn: Conn, conversation_id: str, new: list[wire.Message], ve
     return count, seq
 
 
-async def _mark(conn: Conn, conversation_id: str, visible: list[wire.Message], logged_seq: int) -> None:
-    """Marks the messages that are not among the visible ones up to this seq, unless others have gone on since."""
+async def _supersede(conn: Conn, conversation_id: str, ids: list[str]) -> int:
+    """Marks these messages; how many of them were not marked yet."""
     row = await conversations.lock(conn, conversation_id)
-    if row.logged_seq == logged_seq:
-        await conn.rows(events.SUPERSEDE, id=row.id, kept_ids=[message.message_id for message in visible])
-        logged = {"version": row.logged_version, "seq": logged_seq, "count": len(visible)}
-        await conn.rows(conversations.LOGGED, id=row.id, **logged)
+    marked = len(await conn.rows(events.SUPERSEDE, id=row.id, event_ids=ids))
+    logged = {"version": row.logged_version, "seq": row.logged_seq, "count": row.logged_count - marked}
+    await conn.rows(conversations.LOGGED, id=row.id, **logged)
+    return marked
 
 
 def _title_of(text: str) -> str:

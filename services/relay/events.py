@@ -121,9 +121,10 @@ SUPERSEDE = (
         table.c.kind == "message",
         sa.not_(table.c.is_pending),
         _visible,
-        table.c.id != func.all(bindparam("kept_ids", type_=ARRAY(sa.Text))),
+        table.c.id == func.any(bindparam("event_ids", type_=ARRAY(sa.Text))),
     )
     .values(superseded_at=_NOW)
+    .returning(table.c.id)
 )
 SUPERSEDE_ONE = (
     sa.update(table).where(_of, table.c.id == bindparam("event_id")).values(is_pending=False, superseded_at=_NOW)

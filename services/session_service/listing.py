@@ -3,11 +3,12 @@
 Its one invariant: a walk by cursor gives every session once that was not touched meanwhile.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 
 import sqlalchemy as sa
-from sqlalchemy import Select, bindparam, func, or_, select, true, tuple_
+from sqlalchemy import ARRAY, Select, bindparam, func, or_, select, true, tuple_
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.sql.elements import ColumnElement
 
@@ -29,17 +30,22 @@ def _has_status(status: str | None) -> ColumnElement[bool]:
     return or_(stored, expired) if status == "ended" else stored
 
 
-@cache
-def _count(status: wire.Status | None) -> Select[Any]:
-    return select(func.count()).select_from(table).where(table.c.user_id == bindparam("user_id"), _has_status(status))
+def _among(*, of_ids: bool) -> ColumnElement[bool]:
+    return table.c.session_id == func.any(bindparam("session_ids", type_=ARRAY(sa.Text))) if of_ids else true()
 
 
 @cache
-def _page(status: wire.Status | None, order: Order, *, by_cursor: bool) -> Select[Any]:
+def _count(status: wire.Status | None, *, of_ids: bool) -> Select[Any]:
+    wanted = (table.c.user_id == bindparam("user_id"), _has_status(status), _among(of_ids=of_ids))
+    return select(func.count()).select_from(table).where(*wanted)
+
+
+@cache
+def _page(status: wire.Status | None, order: Order, *, by_cursor: bool, of_ids: bool) -> Select[Any]:
     moment = table.c[order]
     statement = (
         select(*COLUMNS)
-        .where(table.c.user_id == bindparam("user_id"), _has_status(status))
+        .where(table.c.user_id == bindparam("user_id"), _has_status(status), _among(of_ids=of_ids))
         .order_by(moment.desc(), table.c.session_id.desc())
         .limit(bindparam("limit", type_=sa.Integer))
     )
@@ -59,18 +65,20 @@ async def list_sessions(
     page: int,
     page_size: int,
     cursor: str | None,
+    session_ids: Sequence[str] | None = None,
 ) -> wire.SessionList:
-    """One page, newest first; a cursor wins over `page`."""
+    """One page, newest first; a cursor wins over `page`. With `session_ids` only of these sessions."""
     if active_only and status not in {None, "active"}:
         return wire.SessionList(sessions=[], total=0, page=page, page_size=page_size, next_cursor=None)
     status = "active" if active_only else status
+    among = {"of_ids": session_ids is not None}
     bounds: dict[str, Any] = {"offset": (page - 1) * page_size}
     if cursor is not None:
         moment, after_id = cursors.decode(cursor, order)
         bounds = {"moment": moment, "after_id": after_id}
-    statement = _page(status, order, by_cursor=cursor is not None)
-    rows = await conn.rows(statement, user_id=user_id, limit=page_size + 1, **bounds)
-    total = await conn.value(_count(status), user_id=user_id)
+    statement = _page(status, order, by_cursor=cursor is not None, **among)
+    rows = await conn.rows(statement, user_id=user_id, session_ids=session_ids, limit=page_size + 1, **bounds)
+    total = await conn.value(_count(status, **among), user_id=user_id, session_ids=session_ids)
     sessions = [from_row(row) for row in rows[:page_size]]
     last = sessions[-1] if len(rows) > page_size else None
     return wire.SessionList.model_construct(

@@ -175,6 +175,36 @@ async def test_what_another_client_takes_back_is_not_shown(caller: User, upstrea
     assert [said for _, said in await mine.stored()] == ["Q1", "A1", "Q2b", "A2b", "Q3", "A3"]
 
 
+async def test_a_long_history_that_is_taken_back(caller: User) -> None:
+    """By more than a page, more than once, and gone on with in between."""
+    mine = await caller.conversation()
+    whose = {"user_id": caller.user_id}
+    path = f"/sessions/{mine.session_id}"
+
+    async def add(first: int, last: int) -> None:
+        told = [{"role": "user", "content": str(number)} for number in range(first, last)]
+        fine(await caller.sessions.post(f"{path}/messages/batch", params=whose, json={"messages": told}))
+
+    async def take_back(to_seq: int) -> None:
+        fine(await caller.sessions.post(f"{path}/rewind", params=whose, json={"to_seq": to_seq}))
+
+    async def told() -> list[int]:
+        whole = fine(await caller.http.get(f"{mine.path}/trajectory"))["trajectory"]
+        return [int(event["message"]) for event in whole if event.get("action") == "message"]
+
+    await add(1, 451)
+    assert await told() == list(range(1, 451))
+    await take_back(100)
+    await add(451, 801)
+    assert await told() == [*range(1, 101), *range(451, 801)]
+    await add(801, 803)
+    await take_back(50)
+    assert await told() == list(range(1, 51))
+    await take_back(0)
+    await add(803, 804)
+    assert await told() == [803]
+
+
 # ── pauses ──────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -48,6 +48,25 @@ async def test_both_lists_are_one(user: User) -> None:
     assert listed["sessions"][0] == await chat.get()
 
 
+async def test_only_these_sessions(user: User) -> None:
+    made_ids = await made(user, 4)
+    (foreign,) = await made(user.other(), 1)
+    wanted = [made_ids[0], made_ids[2], foreign, "none"]
+    listed = await user.sessions(session_id=wanted)
+    assert (ids(listed), listed["total"]) == ([made_ids[2], made_ids[0]], 2)
+    first = await user.sessions(session_id=wanted, page_size=1)
+    assert (ids(first), first["total"]) == ([made_ids[2]], 2)
+    rest = await user.sessions(session_id=wanted, page_size=1, cursor=first["next_cursor"])
+    assert (ids(rest), rest["next_cursor"]) == ([made_ids[0]], None)
+    await Chat(user, made_ids[0]).end()
+    assert ids(await user.sessions(session_id=wanted, active_only="true")) == [made_ids[2]]
+    assert ids(await user.sessions(session_id=wanted, status="ended")) == [made_ids[0]]
+    there = await user.http.get(f"/users/{user.id}/sessions", params={"session_id": wanted})
+    assert ids(fine(there)) == [made_ids[2], made_ids[0]]
+    for bad in (["a/b"], ["x"] * 101, [""]):
+        invalid(await user.http.get("/sessions", params={"user_id": user.id, "session_id": bad}), "query", "session_id")
+
+
 async def test_newest_first_by_either_time(user: User) -> None:
     oldest, middle, newest = await made(user, 3)
     await Chat(user, oldest).append("x")

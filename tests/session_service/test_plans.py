@@ -59,8 +59,10 @@ def _statements() -> Iterator[tuple[str, ClauseElement]]:
     yield "history.after", history._beside(wanted, "after")
     yield "history.before", history._beside(wanted, "before")
     for status in (None, "active", "ended"):
-        yield f"listing.count.{status}", listing._count(status)
-        yield f"listing.page.{status}", listing._page(status, "last_activity", by_cursor=True)
+        for of_ids in (False, True):
+            name = f"{status}.{of_ids}"
+            yield f"listing.count.{name}", listing._count(status, of_ids=of_ids)
+            yield f"listing.page.{name}", listing._page(status, "last_activity", by_cursor=True, of_ids=of_ids)
 
 
 def _runs(value: ClauseElement) -> bool:

@@ -33,7 +33,7 @@ router = APIRouter()
 _BAD_KEY: Final = 4001
 _UNKNOWN: Final = 4004
 _TRY_AGAIN: Final = 1013
-_PAGE: Final = 25  # events may be large, and a slow reader holds as many
+_PAGE: Final = 50  # events may be large, and a slow reader holds as many
 _LOOK_SECONDS: Final = 60.0  # whatever changes wakes it; this is for what nobody has thought of
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 

@@ -20,7 +20,7 @@ from services.session_service.routes.parameters import (
     errors,
     session_answer,
 )
-from shared import wire
+from shared import values, wire
 from shared.door import answer
 from shared.errors import (
     InvalidTransition,
@@ -36,6 +36,7 @@ router = APIRouter(route_class=CreatingRoute, tags=["sessions"], prefix="/api/v1
 
 ActiveOnly = Annotated[bool, Query(description="Only active sessions")]
 Status = Annotated[wire.Status | None, Query()]
+SessionIds = Annotated[list[values.SessionId] | None, Query(max_length=100, description="Only these sessions")]
 Order = Annotated[listing.Order, Query(description="Newest first by this time")]
 
 
@@ -58,6 +59,7 @@ async def list_sessions(
     page: Page = 1,
     page_size: PageSize = 50,
     cursor: Cursor = None,
+    session_id: SessionIds = None,
 ) -> Response:
     listed = await listing.list_sessions(
         db,
@@ -68,6 +70,7 @@ async def list_sessions(
         page=page,
         page_size=page_size,
         cursor=cursor,
+        session_ids=session_id,
     )
     return answer(listed)
 
@@ -82,8 +85,9 @@ async def list_sessions_of_user(
     page: Page = 1,
     page_size: PageSize = 50,
     cursor: Cursor = None,
+    session_id: SessionIds = None,
 ) -> Response:
-    return await list_sessions(user_id, db, active_only, status, order, page, page_size, cursor)
+    return await list_sessions(user_id, db, active_only, status, order, page, page_size, cursor, session_id)
 
 
 @router.get("/sessions/{session_id}", response_model=wire.Session, responses=TAGGED | errors(SessionNotFound))
