@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -166,8 +167,8 @@ def proxies(stack: Stack, rounds: int) -> list[Line]:
         held = {}
         for name, process in (("session_relay", ways.relay), ("litellm", proxy)):
             before = memory_bytes(process)
-            plan = {"workers": _STREAMS, "count": _STREAMS, "seconds": 120, "events": 24, "model": "held-stream"}
-            during = sides[name]("stream", watched_pid=process.pid, **plan).extra["memory_bytes"]
+            plan = {"workers": _STREAMS, "count": _STREAMS, "seconds": 120, "events": 60, "model": "held-stream"}
+            during = sides[name]("stream", watched_pid=process.pid, **plan).extra.get("memory_bytes", math.nan)
             held[name] = (during - before) / _STREAMS / 1024
         lines.append(Line(f"memory of each of {_STREAMS} open streams", "KiB", held))
     return lines
