@@ -67,7 +67,7 @@ class Door:
         rules: BodyRules,
         duration: Histogram,
         admit: Callable[[Scope], None] = lambda scope: None,
-        render: Callable[[ServiceError, Scope], Response] = lambda error, scope: error_answer(error),
+        render: Callable[[ServiceError, Scope], ASGIApp] = lambda error, scope: error_answer(error),
     ) -> None:
         self._app = app
         self._rules = rules

@@ -100,14 +100,20 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
         app.include_router(router, responses=CONVERSATION_ERRORS)
     app.include_router(sockets.router)
     describe(app)
-    _allow_pages(app, settings)
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientDisconnect, client_gone)
     app.add_exception_handler(Exception, _on_fault)
     rules = BodyRules(settings.relay_max_body_bytes, settings.body_timeout_seconds)
-    return Door(app, rules=rules, duration=state.metrics.duration, admit=check_path, render=render)
+    return Door(
+        _for_pages(app, settings),
+        rules=rules,
+        duration=state.metrics.duration,
+        admit=check_path,
+        # What is refused at the door is told to pages as well.
+        render=lambda error, scope: _for_pages(render(error, scope), settings),
+    )
 
 
 def _state(settings: RelaySettings, database: Database, lifecycle: Lifecycle) -> State:
@@ -193,18 +199,19 @@ def _conversing(parts: Parts, turns: Turns, database: Database, pepper: str) -> 
     return Conversing(database, sessions, live, log, runs, posting, starts, pepper)
 
 
-def _allow_pages(app: FastAPI, settings: RelaySettings) -> None:
+def _for_pages(app: ASGIApp, settings: RelaySettings) -> ASGIApp:
     """Lets web pages of the allowed origins call, and read what the answers' headers say."""
     local = _LOCAL_PAGES if settings.is_development and not settings.relay_cors_origins else None
-    if settings.relay_cors_origins or local:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.relay_cors_origins,
-            allow_origin_regex=local,
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=_EXPOSED_HEADERS,
-        )
+    if not (settings.relay_cors_origins or local):
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=settings.relay_cors_origins,
+        allow_origin_regex=local,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=_EXPOSED_HEADERS,
+    )
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:

@@ -164,8 +164,10 @@ PLACES = (
 )
 SET = {
     name: sa.update(table).where(this).values({name: bindparam("value", type_=table.c[name].type), "updated_at": _NOW})
-    for name in ("sandbox_status", "execution_status", "wants_run", "wants_pause")
+    for name in ("sandbox_status", "execution_status", "wants_run")
 }
+# What was asked for before is over with it; what is asked for after it comes after it.
+ASK_PAUSE = sa.update(table).where(this).values(wants_pause=True, wants_run=False)
 
 _lease = _NOW + bindparam("lease_seconds", type_=sa.Float) * _SECOND
 BEGIN_RUN = (

@@ -22,6 +22,11 @@ _V0_STATES: Final = {
     "finished": "finished",
     "error": "error",
     "stuck": "error",
+    # Of the sandbox; when that runs the state follows.
+    "STARTING": "loading",
+    "RUNNING": "loading",
+    "PAUSED": "stopped",
+    "ERROR": "error",
 }
 _V0_HIDDEN: Final = frozenset({"thinking", "redacted_thinking"})
 
@@ -152,7 +157,5 @@ def v0(event: Event) -> dict[str, Any]:
     if event.kind == "error":
         detail = event.payload["detail"]
         return frame | {"message": detail, "observation": "error", "content": detail, "extras": {}}
-    extras: dict[str, Any] = event.payload
-    if event.payload["key"] == "execution_status":
-        extras = {"agent_state": _V0_STATES[event.payload["value"]], "reason": ""}
+    extras = {"agent_state": _V0_STATES[event.payload["value"]], "reason": ""}
     return frame | {"message": "", "observation": "agent_state_changed", "content": "", "extras": extras}

@@ -17,7 +17,7 @@ from uuid_utils import uuid7
 
 from services.relay import chat, conversations, events, mentions
 from services.relay.conversations import Conversation, ExecutionStatus
-from services.relay.errors import ConversationArchived, ConversationNotFound
+from services.relay.errors import ConversationArchived, ConversationNotFound, message_of
 from services.relay.event_log import EventLog
 from services.relay.events import NewEvent
 from services.relay.keys import Key
@@ -48,7 +48,7 @@ _LAST_TURNS: Final = 20
 _GIVEN_UP: Final = frozenset({"client_gone", "relay_stopping", "interrupted"})
 _FAILED: Final = frozenset({"failed", "refused", "rejected"})
 
-Step = Literal["deliver", "again", "ended"]
+Step = Literal["deliver", "again", "resumed", "ended"]
 Block = dict[str, Any]
 
 
@@ -78,6 +78,7 @@ class Run:
         self._outcome = "completed"
         self._is_pausing = False
         self._is_lost = False
+        self._is_held_up = False
 
     async def go(self) -> None:
         """Runs to the end, and says how it ended."""
@@ -89,7 +90,7 @@ class Run:
             log.info("run_of_deleted_conversation")
         except ServiceError as error:
             log.warning("run_failed", code=error.code)
-            await self._end(events.of_error(error.code, str(error.detail)))
+            await self._end(events.of_error(error.code, message_of(error)))
         except Exception:
             log.exception("run_fault")
             await self._end(events.of_error("internal_error", "Internal error"))
@@ -117,7 +118,9 @@ class Run:
             step = await parts.database.transact(self._next)
             if step == "ended":
                 return
-            asks = step == "again"
+            if step == "resumed":
+                self._is_pausing = False
+            asks = step != "deliver"
 
     @property
     def _is_given_up(self) -> bool:
@@ -125,11 +128,13 @@ class Run:
 
     async def _deliver(self, conversation: Conversation) -> None:
         """What cannot be delivered before a pause goes on waiting."""
+        self._is_held_up = False
         try:
             await self._parts.log.deliver(conversation, gives_up=lambda: self._is_given_up)
         except TurnInProgress:
             if not self._is_given_up:
                 raise
+            self._is_held_up = True
 
     async def _next(self, conn: Conn) -> Step:
         """What is to be done after a turn, and the end where that is nothing."""
@@ -137,17 +142,22 @@ class Run:
         if row.run_id != self._run_id:
             self._is_lost = True
             return "ended"
-        if await events.pending(conn, self._id) and not self._is_pausing:
+        if not self._is_held_up and await events.pending(conn, self._id):
             return "deliver"
-        if self._outcome in _FAILED and not row.wants_pause:
-            await events.end_run(conn, row, "error", self._told())
-            return "ended"
-        if row.wants_pause or self._outcome != "completed":
+        if row.wants_pause:
             await events.end_run(conn, row, "paused")
-            return "ended"
-        if row.wants_run:
+            if not row.wants_run:
+                return "ended"
+            await events.begin_run(conn, row, self._run_id, lease_seconds=LEASE_SECONDS)
+            return "resumed"
+        told = [self._told()] if self._outcome in _FAILED else []
+        if row.wants_run and self._outcome != "interrupted":
+            await events.append(conn, row.id, told)
             await conn.rows(conversations.SET["wants_run"], id=row.id, value=False)
             return "again"
+        if self._outcome != "completed":
+            await events.end_run(conn, row, "error" if told else "paused", *told)
+            return "ended"
         await events.end_run(conn, row, "finished")
         return "ended"
 

@@ -100,7 +100,7 @@ class Runs:
         async def work(conn: Conn) -> None:
             row = await conversations.lock(conn, conversation_id)
             if row.is_running:
-                await conn.rows(conversations.SET["wants_pause"], id=row.id, value=True)
+                await conn.rows(conversations.ASK_PAUSE, id=row.id)
             elif row.execution_status == "idle":
                 await events.set_execution_status(conn, row, "paused")
 
@@ -128,7 +128,7 @@ class Runs:
         while monotonic() < until:
             news.clear()
             row = await conversations.find(self.database, conversation_id)
-            if row is None or not row.is_running:
+            if row is None or not row.wants_pause:
                 return
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), 1.0)

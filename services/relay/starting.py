@@ -16,7 +16,7 @@ from uuid_utils import uuid7
 
 from services.relay import conversations, events, places, runtime_keys, start_tasks
 from services.relay.conversations import Api, Conversation
-from services.relay.errors import ConversationNotFound, NoAccount, NoPlace, SandboxNotFound
+from services.relay.errors import ConversationNotFound, NoAccount, NoPlace, SandboxNotFound, message_of
 from services.relay.pool import Pool
 from services.relay.posting import Posting
 from services.relay.session_limit import SessionLimit
@@ -96,7 +96,7 @@ class Starts:
         except _GivenUp:
             log.warning("start_task_lost")
         except ServiceError as error:
-            detail = str(error.detail)
+            detail = message_of(error)
         except asyncio.CancelledError:
             detail = "The relay stopped while the conversation was starting"
         except Exception:
@@ -231,7 +231,6 @@ class Starts:
 async def _is_up(conn: Conn, conversation_id: str) -> None:
     row = await conversations.lock(conn, conversation_id)
     await events.set_sandbox_status(conn, row, "RUNNING")
-    await events.append(conn, row.id, [events.of_status(row.execution_status)])
 
 
 def _hyphenated(digits: str) -> str:

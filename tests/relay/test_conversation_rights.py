@@ -224,6 +224,28 @@ async def test_pages_may_send_the_runtime_key(relay: Process) -> None:
             "access-control-request-method": "POST",
             "access-control-request-headers": "x-session-api-key",
         }
-        answer = await client.options("/api/conversations/x/run", headers=headers)
-        assert answer.status_code == 200
-        assert "x-session-api-key" in answer.headers["access-control-allow-headers"].lower()
+        for path in ("/api/conversations/x/run", "/api/conversations/a%2Fb/run", "/api/file/upload/%2Fworkspace%2Fa"):
+            answer = await client.options(path, headers=headers)
+            assert answer.status_code == 200
+            assert answer.headers["access-control-allow-origin"] in {"*", headers["origin"]}
+            assert "x-session-api-key" in answer.headers["access-control-allow-headers"].lower()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "size_bytes"),
+    [
+        ("GET", "/api/conversations/a%2Fb", 400, 0),
+        ("POST", "/api/conversations/x/run", 401, 0),
+        ("PUT", "/api/conversations", 405, 0),
+        ("POST", "/api/conversations", 413, 33 * 2**20),
+        ("GET", "/api/v1/app-conversations?ids=x", 422, 0),
+    ],
+)
+async def test_pages_read_what_was_refused(
+    relay: Process, method: str, path: str, status: int, size_bytes: int
+) -> None:
+    async with httpx.AsyncClient(base_url=relay.url, trust_env=False) as client:
+        headers = {"origin": "http://localhost:3001"}
+        answer = await client.request(method, path, headers=headers, content=b" " * size_bytes)
+        refused(answer, status)
+        assert answer.headers["access-control-allow-origin"] in {"*", "http://localhost:3001"}

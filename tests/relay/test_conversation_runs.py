@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from tests.relay.calls import MODEL
+from tests.relay.conftest import MakeRelay, MakeUser
 from tests.relay.conversing import Conversation, Json, User, fine, until
 from tests.upstream.client import TestUpstream
 
@@ -231,6 +232,74 @@ async def test_pauses_at_any_moment(caller: User, upstream: TestUpstream) -> Non
     assert set(statuses[1::2]) <= {"paused", "finished"}
     asked = [said for role, said in await mine.stored() if role == "user"]
     assert asked == [*(f"Q{number}" for number in range(20)), "The end"]
+
+
+async def test_what_is_said_after_a_pause_is_answered(caller: User, upstream: TestUpstream) -> None:
+    """Also when the run has not come to rest yet."""
+    mine = await caller.conversation()
+    upstream.script({"text": "word " * 50, "event_delay_ms": 20}, {"text": "Second answer"})
+    async with mine.socket() as socket:
+        await socket.next()
+        await mine.say("First")
+        await upstream.until(lambda state: state["running"] > 0)
+        await asyncio.sleep(0.5)
+        pausing = asyncio.create_task(mine.call("pause"))
+        await asyncio.sleep(0.002)
+        began = time.monotonic()
+        await mine.say("Second")
+        fine(await pausing)
+        assert time.monotonic() - began < 3
+        await socket.until_status("finished")
+    assert [value for kind, value in socket.told if kind == "status"] == ["running", "paused", "running", "finished"]
+    assert (await mine.stored())[-2:] == [("user", "Second"), ("assistant", "Second answer")]
+
+
+async def test_what_is_said_before_a_pause_is_not(caller: User, upstream: TestUpstream) -> None:
+    mine = await caller.conversation()
+    upstream.script(SLOW)
+    await mine.say("First")
+    await upstream.until(lambda state: state["running"] > 0)
+    await mine.say("Second")
+    fine(await mine.call("pause"))
+    assert (await mine.app())["execution_status"] == "paused"
+    assert (await mine.stored())[-1] == ("user", "Second")
+    assert len(upstream.requests("/v1/messages")) == 1
+
+
+async def test_what_is_said_while_a_run_fails_is_answered(caller: User, upstream: TestUpstream) -> None:
+    mine = await caller.conversation()
+    upstream.script(REFUSAL | {"delay_ms": 800}, {"text": "Answer"})
+    async with mine.socket() as socket:
+        await socket.next()
+        await mine.say("First")
+        await upstream.until(lambda state: state["running"] > 0)
+        await mine.say("Second")
+        await socket.until_status("finished")
+    assert [frame["kind"] for frame in socket.frames].count("ConversationErrorEvent") == 1
+    assert [said for _, said in await mine.stored()] == ["First", "Second", "Answer"]
+
+
+async def test_silence_of_upstream(make_relay: MakeRelay, make_user: MakeUser, upstream: TestUpstream) -> None:
+    """Is told while it lasts; a run that is stuck can be paused, and goes on by itself when upstream does."""
+    relay = make_relay(RELAY_STUCK_SECONDS="1")
+    user = await make_user(relay)
+    mine = await user.conversation()
+    upstream.script({"text": "late", "delay_ms": 4500}, {"text": "never", "hang_seconds": 30})
+    async with mine.socket() as socket:
+        await socket.next()
+        await mine.say("Q1")
+        await socket.until_status("stuck")
+        info = fine(await user.http.get(mine.path))
+        assert (info["status"], info["runtime_status"]) == ("RUNNING", "STATUS$ERROR")
+        assert (await mine.call("run")).status_code == 409
+        await socket.until_status("finished")
+        assert fine(await user.http.get(mine.path))["runtime_status"] == "STATUS$READY"
+        await mine.say("Q2")
+        await socket.until_status("stuck")
+        fine(await mine.call("pause"))
+        await socket.until_status("paused")
+    statuses = [value for kind, value in socket.told if kind == "status"]
+    assert [each for each in statuses if each != "running"] == ["stuck", "finished", "stuck", "paused"]
 
 
 async def test_a_pause_of_one_that_does_nothing(caller: User) -> None:

@@ -191,12 +191,8 @@ async def test_events_by_their_numbers(caller: User, upstream: TestUpstream) -> 
         assert event["source"] in {"user", "agent", "environment"}
         assert event["timestamp"].endswith("Z")
         assert isinstance(event["message"], str)
-    states = [
-        event["extras"]["agent_state"]
-        for event in whole
-        if event.get("observation") == "agent_state_changed" and "agent_state" in event["extras"]
-    ]
-    assert states == ["awaiting_user_input"] + ["running", "finished"] * 3
+    states = [event["extras"]["agent_state"] for event in whole if event.get("observation") == "agent_state_changed"]
+    assert states == ["loading", "awaiting_user_input"] + ["running", "finished"] * 3
 
     async def page(**params: Any) -> tuple[list[int], bool]:
         found = fine(await caller.http.get(f"{mine.path}/events", params=params))
@@ -244,7 +240,10 @@ async def test_what_there_is_not(caller: User) -> None:
     assert fine(await get(f"{mine.path}/microagents")) == {"microagents": []}
     feedback = {"rating": 5, "text": "好"}
     told = fine(await caller.http.post(f"{mine.path}/submit-feedback", json=feedback))
-    assert told == {"statusCode": 200, "body": feedback}
+    feedback_id = told["body"]["feedback_id"]
+    assert feedback_id
+    shown = {"message": "Thank you for your feedback", "feedback_id": feedback_id, "password": ""}
+    assert told == {"statusCode": 200, "body": feedback | shown}
     assert fine(await mine.call("events/respond_to_confirmation", {"accept": True, "reason": "ok"})) == {
         "success": True
     }

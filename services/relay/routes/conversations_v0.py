@@ -235,6 +235,7 @@ async def get_microagents(_: Either) -> Response:
 @router.post("/{id}/submit-feedback")
 async def submit_feedback(conversation: Either, feedback: Feedback, state: AppState) -> Response:
     """Keeps what was said of the conversation."""
-    body = feedback.model_dump()
-    await conversations.keep_feedback(state.database, str(uuid7()), conversation.id, body)
-    return answer({"statusCode": 200, "body": body})
+    feedback_id, body = str(uuid7()), feedback.model_dump()
+    await conversations.keep_feedback(state.database, feedback_id, conversation.id, body)
+    told = {"message": "Thank you for your feedback", "feedback_id": feedback_id, "password": ""}
+    return answer({"statusCode": 200, "body": body | told})
