@@ -169,6 +169,11 @@ class Conversation:
         """Source and text of the messages among the events."""
         return [(each["source"], each["message"]) for each in await self.events() if each.get("action") == "message"]
 
+    async def trajectory(self) -> list[tuple[str, str]]:
+        """Source and text of all messages among the events, however many these are."""
+        whole = fine(await self.user.http.get(f"{self.path}/trajectory"))["trajectory"]
+        return [(each["source"], each["message"]) for each in whole if each.get("action") == "message"]
+
     @asynccontextmanager
     async def socket(self, relay: Process | None = None, **query: str) -> AsyncIterator["Socket"]:
         """A WebSocket, at this relay or another one."""

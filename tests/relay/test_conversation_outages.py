@@ -121,7 +121,7 @@ async def test_the_relay_is_killed_again_and_again(place: Place, upstream: TestU
     asked = [said for role, said in stored if role == "user"]
     assert len(set(asked)) == len(asked)
     assert set(told) <= set(asked)
-    assert sorted(said for kind, said in await _all_told(mine) if kind == "user") == sorted(asked)
+    assert sorted(said for kind, said in await mine.trajectory() if kind == "user") == sorted(asked)
     roles = [role for role, _ in stored]
     assert ("assistant", "assistant") not in list(pairwise(roles))
 
@@ -139,8 +139,3 @@ async def _finish(mine: Conversation) -> None:
         return (await mine.stored())[-2:] == [("user", "The end"), ("assistant", "answer")]
 
     await until(is_answered, 40)
-
-
-async def _all_told(mine: Conversation) -> list[tuple[str, str]]:
-    trajectory = fine(await mine.user.http.get(f"{mine.path}/trajectory"))["trajectory"]
-    return [(event["source"], event["message"]) for event in trajectory if event.get("action") == "message"]

@@ -5,7 +5,9 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import asyncpg
 import httpx
@@ -14,7 +16,7 @@ import pytest_asyncio
 
 from tests.processes import Process, ServiceProcess
 from tests.relay.calls import MODEL, start_relay, upstream_settings
-from tests.relay.conftest import user_at
+from tests.relay.conftest import MakeUser, user_at
 from tests.relay.conversing import Conversation, Json, User, fine, say, told_by, until
 from tests.upstream.client import TestUpstream
 
@@ -26,6 +28,7 @@ NO_NOTICE = "postgresql://nobody@127.0.0.1:1/none"
 class Relays:
     """Two relays on one database, and a user with a client at each."""
 
+    folder: Path
     first: Process
     second: Process
     user: User
@@ -52,7 +55,7 @@ async def started(
         async with user_at(here, folder, sessions) as user:
             headers = {"x-api-key": user.http.headers["x-api-key"]}
             async with httpx.AsyncClient(base_url=there.url, headers=headers, trust_env=False, timeout=30) as http:
-                yield Relays(here, there, user, replace(user, http=http))
+                yield Relays(folder, here, there, user, replace(user, http=http))
 
 
 @pytest_asyncio.fixture(params=["heard", "polled"], scope="module", loop_scope="session")
@@ -251,3 +254,72 @@ async def test_a_stranded_start_of_v0_gives_its_place_back(caller: User, databas
         return fine(await caller.http.get(mine.path)) is None
 
     await until(is_gone)
+
+
+@only_heard
+async def test_starts_and_resumes_at_both_never_exceed_the_places(relays: Relays, make_user: MakeUser) -> None:
+    here = await make_user(relays.first, relays.folder)
+    headers = {"x-api-key": here.http.headers["x-api-key"]}
+    async with httpx.AsyncClient(base_url=relays.second.url, headers=headers, trust_env=False, timeout=30) as http:
+        both = [here, replace(here, http=http)]
+        tasks = await asyncio.gather(*(both[number % 2].start(llm_model=MODEL) for number in range(10)))
+        assert {(await here.ended(task["id"]))["status"] for task in tasks} == {"READY"}
+        found = fine(await here.http.get("/api/v1/app-conversations/search"))["items"]
+        most = 0
+        for _ in range(4):
+            answers = await asyncio.gather(
+                *(
+                    both[number % 2].http.post(f"/api/v1/sandboxes/{each['sandbox_id']}/resume", json={})
+                    for number, each in enumerate(found)
+                )
+            )
+            assert {answer.status_code for answer in answers} == {200}
+            shown = fine(await here.http.get("/api/v1/app-conversations/search"))["items"]
+            most = max(most, [each["sandbox_status"] for each in shown].count("RUNNING"))
+        assert most == 5
+
+
+@only_heard
+async def test_everything_at_once_at_both(relays: Relays, upstream: TestUpstream) -> None:
+    """Messages, runs, pauses, sandboxes: what was told is stored once, each run ends once, and it still answers."""
+    mine = await relays.user.conversation()
+    there = relays.at_second(mine)
+    sandbox = f"/api/v1/sandboxes/{(await mine.app())['sandbox_id']}"
+    upstream.script({"text": "answer", "event_delay_ms": 10, "repeat": -1})
+    random = Random(7)
+    told: list[str] = []
+
+    async def one(number: int) -> None:
+        await asyncio.sleep(number * 0.02)
+        at = random.choice([mine, there])
+        action = random.choice(["say", "say", "quiet", "run", "pause", "sleep", "wake"])
+        if action in {"say", "quiet"}:
+            said = f"{action}-{number}"
+            fine(await at.call("events", say(said, run=action == "say")))
+            told.append(said)
+        elif action in {"run", "pause"}:
+            assert (await at.call(action)).status_code in {200, 409}
+        else:
+            path = f"{sandbox}/{'pause' if action == 'sleep' else 'resume'}"
+            assert (await at.user.http.post(path, json={})).status_code in {200, 409}
+
+    async with mine.socket() as here, there.socket() as other:
+        await asyncio.gather(here.next(), other.next())
+        await asyncio.gather(*(one(number) for number in range(80)))
+        fine(await relays.user.http.post(f"{sandbox}/resume", json={}))
+        await mine.say("The end")
+        for socket in (here, other):
+            await socket.until(lambda frame: told_by(frame) == ("user", "The end"))
+            await socket.until_status("finished")
+    assert [frame["id"] for frame in here.frames[1:]] == [frame["id"] for frame in other.frames[1:]]
+    stored = await mine.stored()
+    asked = [said for role, said in stored if role == "user"]
+    assert sorted(asked) == sorted([*told, "The end"])
+    assert stored[-1] == ("assistant", "answer")
+    assert sorted(await mine.trajectory()) == sorted(
+        ("user" if role == "user" else "agent", said) for role, said in stored
+    )
+    statuses = [frame["value"] for frame in here.frames[1:] if frame.get("key") == "execution_status"]
+    runs = [status for before, status in pairwise(["", *statuses]) if status != before]
+    began = [number for number, status in enumerate(runs) if status == "running"]
+    assert all(runs[number + 1] in {"finished", "paused"} for number in began)

@@ -33,7 +33,9 @@ router = APIRouter()
 _BAD_KEY: Final = 4001
 _UNKNOWN: Final = 4004
 _TRY_AGAIN: Final = 1013
-_PAGE: Final = 50  # events may be large, and a slow reader holds as many
+_FIRST_PAGE: Final = 4
+_LARGEST_PAGE: Final = 128
+_PAGE_BYTES: Final = 128 * 2**10
 _LOOK_SECONDS: Final = 60.0  # whatever changes wakes it; this is for what nobody has thought of
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 
@@ -106,14 +108,20 @@ async def _send(socket: WebSocket, state: State, conversation: Conversation) -> 
         if seen is None:
             raise ConversationNotFound
         await socket.send_text(dump_text(_full_state(seen, is_missing=is_missing)))
-        next_seq = await _start(socket, state, seen)
+        next_seq, page_size = await _start(socket, state, seen), _FIRST_PAGE
         while True:
             news.clear()
-            while page := await events.list_some(database, seen.id, from_seq=next_seq, limit=_PAGE):
+            while page := await events.list_some(database, seen.id, from_seq=next_seq, limit=page_size):
+                sent_bytes = 0
                 for event in page:
                     if event.superseded_at is None or event.seq >= seen.next_seq:
-                        await socket.send_text(dump_text(event_frames.v1(event)))
+                        frame = dump_text(event_frames.v1(event))
+                        await socket.send_text(frame)
+                        sent_bytes += len(frame)
                 next_seq = page[-1].seq + 1
+                # A reader that is slow makes the relay hold a page: where events are large, pages are short.
+                page_size = page_size // 2 if sent_bytes > _PAGE_BYTES else page_size * 2
+                page_size = max(1, min(page_size, _LARGEST_PAGE))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), _LOOK_SECONDS)
             if await conversations.find(database, seen.id) is None:
