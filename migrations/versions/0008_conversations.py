@@ -93,6 +93,12 @@ def upgrade() -> None:
         ["run_expires_at"],
         postgresql_where=sa.text("run_id IS NOT NULL"),
     )
+    op.create_index(
+        "relay_conversations_starting_idx",
+        "relay_conversations",
+        ["created_at"],
+        postgresql_where=sa.text("sandbox_status = 'STARTING'"),
+    )
     op.execute(NOTIFY)
     op.execute(TRIGGER)
 

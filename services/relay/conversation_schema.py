@@ -83,6 +83,7 @@ relay_conversations = Table(
     Index("relay_conversations_by_created_at_idx", "user_id", "created_at", "id"),
     Index("relay_conversations_by_sandbox_idx", "user_id", "sandbox_id"),
     Index("relay_conversations_by_parent_idx", "parent_id"),
+    Index("relay_conversations_starting_idx", "created_at", postgresql_where=text("sandbox_status = 'STARTING'")),
     Index("relay_conversations_by_run_idx", "run_expires_at", postgresql_where=text("run_id IS NOT NULL")),
 )
 

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 import sqlalchemy as sa
 from sqlalchemy import ARRAY, bindparam, func, literal_column, select
-from sqlalchemy.dialects.postgresql import TIMESTAMP, insert
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.elements import ColumnElement
 
 from services.relay.conversation_schema import relay_conversations as table
@@ -74,48 +74,23 @@ class Conversation:
         return self.run_id is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Filter:
-    """Which of a user's conversations; None: whatever it is. `below` is the last one of the page before."""
-
-    title: str | None = None
-    created_from: datetime | None = None
-    created_before: datetime | None = None
-    updated_from: datetime | None = None
-    updated_before: datetime | None = None
-    repository: str | None = None
-    trigger: str | None = None
-    with_children: bool = True
-
-
 # ── statements ──────────────────────────────────────────────────────────────────────────────────
 
-_NAMES: Final = tuple(Conversation.__dataclass_fields__)
-_COLUMNS: Final = tuple(table.c[name] for name in _NAMES)
+NAMES: Final = tuple(Conversation.__dataclass_fields__)
+COLUMNS: Final = tuple(table.c[name] for name in NAMES)
 this = table.c.id == bindparam("id")
-_own = table.c.user_id == bindparam("user_id")
+own = table.c.user_id == bindparam("user_id")
 
-GET = select(*_COLUMNS).where(this)
+GET = select(*COLUMNS).where(this)
 LOCK = GET.with_for_update()
-BY_KEY = select(*_COLUMNS).where(table.c.runtime_key_hash == bindparam("key_hash", type_=sa.LargeBinary))
-BY_IDS = select(*_COLUMNS).where(_own, table.c.id == func.any(bindparam("ids", type_=ARRAY(sa.Text))))
-BY_SANDBOXES = (
-    select(*_COLUMNS)
-    .where(_own, table.c.sandbox_id == func.any(bindparam("ids", type_=ARRAY(sa.Text))))
-    .order_by(table.c.created_at, table.c.id)
-)
-BY_SESSIONS = select(*_COLUMNS).where(
+BY_KEY = select(*COLUMNS).where(table.c.runtime_key_hash == bindparam("key_hash", type_=sa.LargeBinary))
+BY_SESSIONS = select(*COLUMNS).where(
     sa.tuple_(table.c.user_id, table.c.session_id).in_(
         select(
             func.unnest(bindparam("user_ids", type_=ARRAY(sa.Text))),
             func.unnest(bindparam("session_ids", type_=ARRAY(sa.Text))),
         )
     )
-)
-CHILDREN = (
-    select(table.c.id, table.c.parent_id)
-    .where(_own, table.c.parent_id == func.any(bindparam("ids", type_=ARRAY(sa.Text))))
-    .order_by(table.c.created_at, table.c.id)
 )
 _given: Final = (
     *("id", "user_id", "api", "session_id", "key_id", "sandbox_id", "title", "llm_model", "instructions"),
@@ -130,18 +105,11 @@ CREATE = (
         created_at=_NOW,
         updated_at=_NOW,
     )
-    .returning(*_COLUMNS)
+    .returning(*COLUMNS)
 )
 RENAME = sa.update(table).where(this).values(title=bindparam("title"), updated_at=_NOW).returning(table.c.id)
 NAME = RENAME.where(table.c.title.is_(None))
 DROP = sa.delete(table).where(this)
-# V0 starts have no task: what a relay has left in the middle of one, nobody goes on with.
-DROP_LEFT = sa.delete(table).where(
-    _own,
-    table.c.api == "V0",
-    table.c.sandbox_status == "STARTING",
-    table.c.created_at < _NOW - bindparam("seconds", type_=sa.Float) * _SECOND,
-)
 # V0 has no tasks that tell whether somebody still works on a start; none takes so long.
 DROP_STALE = (
     sa.delete(table)
@@ -152,14 +120,14 @@ DROP_STALE = (
     )
     .returning(table.c.id)
 )
-DELETE = sa.delete(table).where(this, _own).returning(table.c.id)
+DELETE = sa.delete(table).where(this, own).returning(table.c.id)
 
 # One of a user's conversations at a time takes or gives up a place among those that run.
 LOCK_USER = select(func.pg_advisory_xact_lock(func.hashtextextended(bindparam("user_id", type_=sa.Text), 7101)))
 _holds_place: ColumnElement[bool] = literal_column("sandbox_status IN ('STARTING', 'RUNNING')")
 PLACES = (
     select(table.c.id, table.c.run_id, table.c.sandbox_status)
-    .where(_own, _holds_place, table.c.id != bindparam("id"))
+    .where(own, _holds_place, table.c.id != bindparam("id"))
     .order_by(table.c.updated_at, table.c.id)
 )
 SET = {
@@ -214,35 +182,6 @@ STRANDED = select(table.c.id, table.c.run_id, table.c.run_expires_at).where(
 )
 
 
-def _or_null(name: str, type_: sa.types.TypeEngine[Any], says: ColumnElement[bool]) -> ColumnElement[bool]:
-    return sa.or_(bindparam(name, type_=type_).is_(None), says)
-
-
-_moment = TIMESTAMP(timezone=True)
-_title = bindparam("title", type_=sa.Text)
-_FOUND: Final = (
-    _own,
-    _or_null(
-        "title",
-        sa.Text(),
-        func.strpos(func.lower(func.coalesce(table.c.title, "Conversation " + table.c.id)), func.lower(_title)) > 0,
-    ),
-    _or_null("created_from", _moment, table.c.created_at >= bindparam("created_from", type_=_moment)),
-    _or_null("created_before", _moment, table.c.created_at < bindparam("created_before", type_=_moment)),
-    _or_null("updated_from", _moment, table.c.updated_at >= bindparam("updated_from", type_=_moment)),
-    _or_null("updated_before", _moment, table.c.updated_at < bindparam("updated_before", type_=_moment)),
-    _or_null("repository", sa.Text(), table.c.selected_repository == bindparam("repository", type_=sa.Text)),
-    _or_null("trigger", sa.Text(), table.c.trigger == bindparam("trigger", type_=sa.Text)),
-    sa.or_(bindparam("with_children", type_=sa.Boolean), table.c.parent_id.is_(None)),
-)
-_below = sa.tuple_(bindparam("below_moment", type_=_moment), bindparam("below_id", type_=sa.Text))
-SEARCH = (
-    select(*_COLUMNS)
-    .where(*_FOUND, _or_null("below_id", sa.Text(), sa.tuple_(table.c.created_at, table.c.id) < _below))
-    .order_by(table.c.created_at.desc(), table.c.id.desc())
-    .limit(bindparam("limit", type_=sa.Integer))
-)
-COUNT = select(func.count()).select_from(table).where(*_FOUND)
 FEEDBACK = insert(relay_feedback).values(
     id=bindparam("id"),
     conversation_id=bindparam("conversation_id"),
@@ -252,7 +191,7 @@ FEEDBACK = insert(relay_feedback).values(
 
 
 def from_row(row: Row) -> Conversation:
-    return Conversation(*(row[name] for name in _NAMES))
+    return Conversation(*(row[name] for name in NAMES))
 
 
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────
@@ -276,49 +215,9 @@ async def by_key_hash(conn: Conn, key_hash: bytes) -> Conversation | None:
     return None if row is None else from_row(row)
 
 
-async def by_ids(conn: Conn, user_id: str, ids: Sequence[str]) -> dict[str, Conversation]:
-    rows = await conn.rows(BY_IDS, user_id=user_id, ids=list(set(ids)))
-    return {row["id"]: from_row(row) for row in rows}
-
-
-async def by_sandboxes(conn: Conn, user_id: str, ids: Sequence[str]) -> dict[str, list[Conversation]]:
-    """The conversations of each of these sandboxes, the oldest first; only sandboxes that the user has."""
-    found: dict[str, list[Conversation]] = {}
-    for row in await conn.rows(BY_SANDBOXES, user_id=user_id, ids=list(set(ids))):
-        found.setdefault(row["sandbox_id"], []).append(from_row(row))
-    return found
-
-
 async def by_sessions(conn: Conn, keys: Sequence[SessionKey]) -> list[Conversation]:
     user_ids, session_ids = [key.user_id for key in keys], [key.session_id for key in keys]
     return [from_row(row) for row in await conn.rows(BY_SESSIONS, user_ids=user_ids, session_ids=session_ids)]
-
-
-async def children(conn: Conn, user_id: str, ids: Sequence[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {each: [] for each in ids}
-    for row in await conn.rows(CHILDREN, user_id=user_id, ids=list(set(ids))):
-        found[row["parent_id"]].append(row["id"])
-    return found
-
-
-async def search(
-    conn: Conn, user_id: str, wanted: Filter, *, below: tuple[datetime, str] | None, limit: int
-) -> list[Conversation]:
-    """The newest first, those older than `below` (a time of creation, and an id)."""
-    below_moment, below_id = below or (None, None)
-    rows = await conn.rows(
-        SEARCH, user_id=user_id, **_values(wanted), below_moment=below_moment, below_id=below_id, limit=limit
-    )
-    return [from_row(row) for row in rows]
-
-
-async def count(conn: Conn, user_id: str, wanted: Filter) -> int:
-    found: int = await conn.value(COUNT, user_id=user_id, **_values(wanted))
-    return found
-
-
-def _values(wanted: Filter) -> dict[str, Any]:
-    return {name: getattr(wanted, name) for name in Filter.__dataclass_fields__}
 
 
 # ── writing ─────────────────────────────────────────────────────────────────────────────────────

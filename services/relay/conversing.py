@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from services.relay import attachments, conversations, keys, runtime_keys
+from services.relay import attachments, conversation_lists, conversations, keys, runtime_keys
 from services.relay.conversations import Conversation, SandboxStatus
 from services.relay.errors import ConversationArchived, NotPermitted, UnknownKey
 from services.relay.event_log import EventLog
@@ -87,7 +87,7 @@ class Conversing:
     async def apps(self, user_id: str, found: Sequence[Conversation], base_url: str) -> list[dict[str, Any]]:
         """Conversations as the V1 API shows them."""
         sessions = await self.sessions_of(found)
-        children = await conversations.children(self.database, user_id, [each.id for each in found])
+        children = await conversation_lists.children(self.database, user_id, [each.id for each in found])
         return [self._app(each, sessions[each.id], children[each.id], base_url) for each in found]
 
     def _app(
@@ -121,7 +121,7 @@ class Conversing:
     async def infos(self, user_id: str, found: Sequence[Conversation], base_url: str) -> list[dict[str, Any]]:
         """Conversations as the V0 API shows them."""
         sessions = await self.sessions_of(found)
-        children = await conversations.children(self.database, user_id, [each.id for each in found])
+        children = await conversation_lists.children(self.database, user_id, [each.id for each in found])
         return [self._info(each, sessions[each.id], children[each.id], base_url) for each in found]
 
     def _info(

@@ -9,7 +9,6 @@ from services.relay.errors import NoPlace
 from shared.database import Conn
 
 _SOON_SECONDS = 5.0
-_LONGEST_START_SECONDS = 300.0
 
 
 async def lock(conn: Conn, user_id: str) -> None:
@@ -19,7 +18,6 @@ async def lock(conn: Conn, user_id: str) -> None:
 
 async def take(conn: Conn, user_id: str, conversation_id: str, *, most: int) -> None:
     """Room for this conversation, under `lock`; raises NoPlace when all that run have something to do."""
-    await conn.rows(conversations.DROP_LEFT, user_id=user_id, seconds=_LONGEST_START_SECONDS)
     others = await conn.rows(conversations.PLACES, user_id=user_id, id=conversation_id)
     too_many = len(others) + 1 - most
     if too_many <= 0:

@@ -22,6 +22,9 @@ _MAY_HOLD_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 _MAY_OVERFLOW: Final = re.compile(rb"[0-9][eE]\+?[0-9]{2}|[0-9]{300}")
 
 
+Enrich = Callable[[list[dict[str, Any]]], Awaitable[list[dict[str, Any]]]]
+
+
 @dataclass(frozen=True, slots=True)
 class Continuation:
     """A turn that brings no message: what is stored already asks.
@@ -33,7 +36,7 @@ class Continuation:
 
     session_id: str
     version: int
-    enriched: Callable[[list[dict[str, Any]]], Awaitable[list[dict[str, Any]]]]
+    enriched: Enrich
     rewind_to_seq: int | None = None
     prefill: tuple[dict[str, Any], ...] = ()
     broken_off: tuple[dict[str, Any], ...] = ()

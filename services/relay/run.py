@@ -6,7 +6,7 @@ what its turn has stored is among the events before the status that tells of the
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 import structlog
 from uuid_utils import uuid7
 
-from services.relay import chat, conversations, events, mentions
+from services.relay import chat, continuing, conversations, events, mentions
 from services.relay.conversations import Conversation, ExecutionStatus
 from services.relay.errors import ConversationArchived, ConversationNotFound, message_of
 from services.relay.event_log import EventLog
@@ -30,7 +30,6 @@ from services.relay.settings import RelaySettings
 from services.relay.turn import Turn
 from services.relay.turns import Turns
 from shared import wire
-from shared.canonical import speaker
 from shared.database import Conn, Database
 from shared.errors import DatabaseUnavailable, ServiceError, TurnInProgress, Unavailable, VersionMismatch
 from shared.session_client import SessionClient
@@ -42,14 +41,11 @@ _RENEW_SECONDS: Final = 2.0
 _LOOK_SECONDS: Final = 1.0
 _STORING_SECONDS: Final = 60.0
 _END_AGAIN_SECONDS: Final = 1.0
-_LAST_MESSAGES: Final = 20
-_LAST_TURNS: Final = 20
 
 _GIVEN_UP: Final = frozenset({"client_gone", "relay_stopping", "interrupted"})
 _FAILED: Final = frozenset({"failed", "refused", "rejected"})
 
 Step = Literal["deliver", "again", "resumed", "ended"]
-Block = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +184,8 @@ class Run:
 
     async def _answer(self, conversation: Conversation, session: wire.Session) -> str:
         """The turn's outcome; "completed" too when nothing asks."""
-        continued = await self._continuation(conversation, session)
+        enriched = partial(mentions.with_named, self._parts.database, conversation.session)
+        continued = await continuing.continuation(self._parts.sessions, conversation.session, session, enriched)
         if continued is None:
             return "completed"
         outcome = await self._ask(conversation, continued)
@@ -197,26 +194,6 @@ class Run:
             session = await self._parts.sessions.get_session(conversation.session)
             outcome = await self._ask(conversation, replace(continued, version=session.version, prefill=()))
         return outcome
-
-    async def _continuation(self, conversation: Conversation, session: wire.Session) -> Continuation | None:
-        """The user's question, or an answer that was broken off; None where the last answer is whole."""
-        parts, key = self._parts, conversation.session
-        newest = await parts.sessions.list_messages(key, order="desc", limit=_LAST_MESSAGES, page_size=_LAST_MESSAGES)
-        last = next((message for message in newest.messages if message.role != "system"), None)
-        if last is None:
-            return None
-        enriched = partial(mentions.with_named, parts.database, key)
-        if speaker(last.role) == "user":
-            return Continuation(key.session_id, session.version, enriched)
-        turns = (await parts.sessions.list_turns(key, limit=_LAST_TURNS)).turns
-        told = next((turn for turn in turns if turn.output_to_seq == last.seq), None)
-        if told is None or told.status == "completed":
-            return None
-        to_seq = (told.output_from_seq or last.seq) - 1
-        if to_seq == 0:
-            return None
-        broken_off = tuple(_blocks(last))
-        return Continuation(key.session_id, session.version, enriched, to_seq, _prefill(broken_off), broken_off)
 
     async def _ask(self, conversation: Conversation, continued: Continuation) -> str:
         parts, settings = self._parts, self._parts.settings
@@ -295,18 +272,3 @@ class Run:
         row = await conversations.lock(conn, self._id)
         if row.run_id == self._run_id:
             await events.set_execution_status(conn, row, status)
-
-
-def _blocks(message: wire.Message) -> list[Block]:
-    return message.content_blocks or [{"type": "text", "text": message.content}]
-
-
-def _prefill(blocks: Sequence[Block]) -> tuple[Block, ...]:
-    """The text that was broken off, as an answer's beginning; nothing where it holds more than text.
-
-    An answer's beginning must not end with blanks (Claude Messages API, prefill).
-    """
-    if any(block.get("type") != "text" for block in blocks):
-        return ()
-    text = "".join(block["text"] for block in blocks).rstrip()
-    return ({"type": "text", "text": text},) if text else ()

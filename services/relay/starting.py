@@ -14,7 +14,7 @@ from typing import Any, Final
 import structlog
 from uuid_utils import uuid7
 
-from services.relay import conversations, events, places, runtime_keys, start_tasks
+from services.relay import conversation_lists, conversations, events, places, runtime_keys, start_tasks
 from services.relay.conversations import Api, Conversation
 from services.relay.errors import ConversationNotFound, NoAccount, NoPlace, SandboxNotFound, message_of
 from services.relay.pool import Pool
@@ -133,7 +133,7 @@ class Starts:
         until = monotonic() + wait_seconds
         sandbox_id = wish.sandbox_id or uuid7().hex
         await tell("WAITING_FOR_SANDBOX", sandbox_id=sandbox_id)
-        if wish.sandbox_id and not await conversations.by_sandboxes(
+        if wish.sandbox_id and not await conversation_lists.by_sandboxes(
             self.database, wish.values["user_id"], [wish.sandbox_id]
         ):
             raise SandboxNotFound

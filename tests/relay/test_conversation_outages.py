@@ -52,20 +52,6 @@ async def test_starts_without_the_store(place: Place) -> None:
     assert await mine.stored() == [("user", "Hi")]
 
 
-async def test_what_a_killed_relay_was_starting_holds_no_place(place: Place) -> None:
-    user = place.user
-    made = fine(await user.http.post("/api/conversations", json={}))["conversation_id"]
-    async with place.stack.sql() as sql:
-        await sql.execute(
-            "UPDATE dev.relay_conversations SET sandbox_status = 'STARTING', created_at = now() - interval '1 hour'"
-        )
-    for _ in range(5):
-        await user.conversation()
-    assert fine(await user.http.get(f"/api/conversations/{made}")) is None
-    found = fine(await user.http.get("/api/v1/app-conversations/search"))["items"]
-    assert [each["sandbox_status"] for each in found] == ["RUNNING"] * 5
-
-
 async def test_the_store_is_killed_while_an_answer_comes(place: Place, upstream: TestUpstream) -> None:
     """The answer waits on disk, and the run for it."""
     stack = place.stack

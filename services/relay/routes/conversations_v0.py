@@ -8,7 +8,7 @@ from uuid_utils import uuid7
 
 from services.relay import chat, conversations, events
 from services.relay.conversation_input import NewTitle, V0Message, V0Start
-from services.relay.conversations import Filter
+from services.relay.conversation_lists import Filter
 from services.relay.conversing import sandbox_status, v0_status
 from services.relay.errors import InvalidRequest, NotPermitted, RelayError
 from services.relay.event_frames import v0

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.responses import StreamingResponse
 
-from services.relay import chat, conversations, events, start_tasks
+from services.relay import chat, conversation_lists, events, start_tasks
 from services.relay.conversation_input import StartRequest, Uuid
-from services.relay.conversations import Conversation, Filter
+from services.relay.conversation_lists import Filter
+from services.relay.conversations import Conversation
 from services.relay.errors import ConversationNotFound, NotPermitted, SandboxNotFound
 from services.relay.keys import Key
 from services.relay.routes.conversation_access import (
@@ -149,7 +150,7 @@ async def count_start_tasks(
 @router.get("/app-conversations")
 async def get_conversations(ids: Ids, request: Request, state: AppState, key: UserKey) -> Response:
     """These conversations in the order asked; null for one that is not there, or another user's."""
-    found = await conversations.by_ids(state.database, key.user_id, ids)
+    found = await conversation_lists.by_ids(state.database, key.user_id, ids)
     shown = await state.conversing.apps(key.user_id, list(found.values()), base_url(request, state))
     by_id = {each["id"]: each for each in shown}
     return answer([by_id.get(each) for each in ids])
@@ -192,14 +193,16 @@ async def count_conversations(
     wanted = Filter(
         title, created_from, created_before, updated_from, updated_before, with_children=include_sub_conversations
     )
-    return answer(await conversations.count(state.database, key.user_id, wanted))
+    return answer(await conversation_lists.count(state.database, key.user_id, wanted))
 
 
 async def page_of(
     state: State, key: Key, wanted: Filter, page_id: str | None, limit: int
 ) -> tuple[list[Conversation], str | None]:
     """A page of the user's conversations, and the id of the next one."""
-    found = await conversations.search(state.database, key.user_id, wanted, below=place_of(page_id), limit=limit + 1)
+    found = await conversation_lists.search(
+        state.database, key.user_id, wanted, below=place_of(page_id), limit=limit + 1
+    )
     page = found[:limit]
     return page, page_id_of(page[-1].created_at, page[-1].id) if len(found) > limit else None
 
@@ -224,7 +227,7 @@ async def get_sandboxes(
     ids: SandboxIds, request: Request, state: AppState, key: UserKey, all_: Conversations
 ) -> Response:
     """These sandboxes in the order asked; null for one that is not there, or another user's."""
-    found = await conversations.by_sandboxes(state.database, key.user_id, ids)
+    found = await conversation_lists.by_sandboxes(state.database, key.user_id, ids)
     shown = await all_.sandboxes(found, base_url(request, state))
     return answer([shown.get(each) for each in ids])
 
@@ -246,7 +249,7 @@ async def resume_sandbox(sandbox_id: SandboxId, state: AppState, key: UserKey) -
 
 
 async def _in_sandbox(state: State, key: Key, sandbox_id: str) -> list[Conversation]:
-    found = (await conversations.by_sandboxes(state.database, key.user_id, [sandbox_id])).get(sandbox_id)
+    found = (await conversation_lists.by_sandboxes(state.database, key.user_id, [sandbox_id])).get(sandbox_id)
     if not found:
         raise SandboxNotFound
     return found
