@@ -1,17 +1,21 @@
 """Conversations while session_service or the relay is away: nothing that was told is lost, nothing is left over."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import httpx
+import pytest
 import pytest_asyncio
+from websockets.exceptions import ConnectionClosed
 
+from shared import embedded_postgres
+from tests.conftest import migrate
 from tests.relay.calls import MODEL
 from tests.relay.conftest import user_at
-from tests.relay.conversing import Conversation, User, fine, refused, say, until
+from tests.relay.conversing import Conversation, User, fine, refused, say, told_by, until
 from tests.relay.stack import Stack, stack_of
 from tests.upstream.client import TestUpstream
 
@@ -125,3 +129,50 @@ async def _finish(mine: Conversation) -> None:
         return (await mine.stored())[-2:] == [("user", "The end"), ("assistant", "answer")]
 
     await until(is_answered, 40)
+
+
+@pytest.fixture
+def postgres(tmp_path: Path) -> Iterator[Path]:
+    """A Postgres of one test, to be stopped."""
+    path = tmp_path / "postgres"
+    migrate(embedded_postgres.start(path))
+    yield path
+    embedded_postgres.start(path)
+    embedded_postgres.stop(path)
+
+
+async def test_postgres_is_away_while_an_answer_comes(postgres: Path, upstream: TestUpstream, tmp_path: Path) -> None:
+    """Calls say so, sockets close and may come back; the answer is stored once, and the run ends."""
+    settings = {"DATABASE_TIMEOUT_SECONDS": "2", "DATABASE_CONNECT_TIMEOUT_SECONDS": "1"}
+    async with (
+        stack_of(embedded_postgres.url(postgres), upstream, tmp_path / "stack", **settings) as stack,
+        user_at(stack.relay, stack.folder, stack.sessions) as user,
+    ):
+        mine = await user.conversation()
+        upstream.script(SLOW)
+        async with mine.socket() as socket:
+            await mine.say("Count")
+            await socket.until_status("running")
+            await upstream.until(lambda state: state["running"] > 0)
+            embedded_postgres.stop(postgres)
+            with pytest.raises(ConnectionClosed) as closed:
+                await socket.until_status("finished")
+            assert closed.value.rcvd is not None
+            assert closed.value.rcvd.code == 1013
+        for answer in (await user.http.get(mine.path), await mine.call("pause"), await mine.call("events", say("x"))):
+            refused(answer, 503)
+            assert answer.headers["retry-after"]
+        await upstream.until(lambda state: state["running"] == 0)
+        embedded_postgres.start(postgres)
+        app = await mine.until_status("finished", "error")
+        assert app["sandbox_status"] == "RUNNING"
+
+        async def is_stored() -> bool:
+            return await mine.stored() == [("user", "Count"), ("assistant", str(SLOW["text"]))]
+
+        await until(is_stored)
+        async with mine.socket(last_event_id=socket.frames[-1]["id"]) as again:
+            await again.until(lambda frame: told_by(frame) in {("status", "finished"), ("status", "error")})
+        assert ("agent", str(SLOW["text"])) in again.told
+        await mine.answered("More")
+        assert len(await mine.stored()) == 4
