@@ -22,11 +22,6 @@ _V0_STATES: Final = {
     "finished": "finished",
     "error": "error",
     "stuck": "error",
-    # Of the sandbox; when that runs the state follows.
-    "STARTING": "loading",
-    "RUNNING": "loading",
-    "PAUSED": "stopped",
-    "ERROR": "error",
 }
 _V0_HIDDEN: Final = frozenset({"thinking", "redacted_thinking"})
 
@@ -157,5 +152,7 @@ def v0(event: Event) -> dict[str, Any]:
     if event.kind == "error":
         detail = event.payload["detail"]
         return frame | {"message": detail, "observation": "error", "content": detail, "extras": {}}
+    if event.payload["key"] != "execution_status":  # its clients read no state of a sandbox here
+        return frame | {"message": "", "observation": "null", "content": "", "extras": event.payload}
     extras = {"agent_state": _V0_STATES[event.payload["value"]], "reason": ""}
     return frame | {"message": "", "observation": "agent_state_changed", "content": "", "extras": extras}

@@ -229,13 +229,11 @@ async def set_execution_status(conn: Conn, row: Conversation, status: ExecutionS
 
 
 async def set_sandbox_status(conn: Conn, row: Conversation, status: SandboxStatus) -> None:
-    """As `set_execution_status`, for the sandbox; once it runs, the execution status counts again, and is told."""
+    """As `set_execution_status`, for the sandbox; once that runs, the execution status that it had counts again."""
     if row.sandbox_status != status:
         await conn.rows(conversations.SET["sandbox_status"], id=row.id, value=status)
-        told = [NewEvent("state", "environment", {"key": "sandbox_status", "value": status})]
-        if status == "RUNNING":
-            told.append(of_status(row.execution_status))
-        await append(conn, row.id, told)
+        payload = {"key": "sandbox_status", "value": status}
+        await append(conn, row.id, [NewEvent("state", "environment", payload)])
 
 
 async def begin_run(conn: Conn, row: Conversation, run_id: str, *, lease_seconds: float) -> None:

@@ -231,6 +231,7 @@ class Starts:
 async def _is_up(conn: Conn, conversation_id: str) -> None:
     row = await conversations.lock(conn, conversation_id)
     await events.set_sandbox_status(conn, row, "RUNNING")
+    await events.append(conn, row.id, [events.of_status(row.execution_status)])
 
 
 def _hyphenated(digits: str) -> str:

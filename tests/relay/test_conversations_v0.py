@@ -192,7 +192,7 @@ async def test_events_by_their_numbers(caller: User, upstream: TestUpstream) -> 
         assert event["timestamp"].endswith("Z")
         assert isinstance(event["message"], str)
     states = [event["extras"]["agent_state"] for event in whole if event.get("observation") == "agent_state_changed"]
-    assert states == ["loading", "awaiting_user_input"] + ["running", "finished"] * 3
+    assert states == ["awaiting_user_input"] + ["running", "finished"] * 3
 
     async def page(**params: Any) -> tuple[list[int], bool]:
         found = fine(await caller.http.get(f"{mine.path}/events", params=params))
