@@ -30,34 +30,38 @@ class MalformedEvent(UpstreamProtocolError):
 
 
 class _Block:
-    """One content block: as it started, and the pieces that came since."""
+    """One content block: as it started, and what came since.
 
-    __slots__ = ("open", "pieces", "start")
+    Texts grow in one buffer each: kept as they come, a few characters a piece, they would take five times the room.
+    """
+
+    __slots__ = ("citations", "open", "start", "texts")
 
     def __init__(self, start: dict[str, Any]) -> None:
         self.start = start
-        self.pieces: dict[str, list[Any]] = {}
+        self.texts: dict[str, bytearray] = {}
+        self.citations: list[Any] = []
         self.open = True
 
     def add(self, delta: dict[str, Any]) -> None:
         kind = delta.get("type")
         if field := _APPENDING_DELTAS.get(str(kind)):
-            self.pieces.setdefault(field, []).append(_expect(delta.get(field), str, str(kind)))
+            self.texts.setdefault(field, bytearray()).extend(_halves(_expect(delta.get(field), str, str(kind))))
         elif kind == "citations_delta":
-            self.pieces.setdefault("citations", []).append(delta.get("citation"))
+            self.citations.append(delta.get("citation"))
         elif str(kind) in _REPLACING_DELTAS:
             self.start.update((key, value) for key, value in delta.items() if key != "type")
 
     def value(self) -> dict[str, Any]:
         """The block so far; `incomplete` when its end has not come, or its tool input is not whole."""
         block = dict(self.start)
-        for field, pieces in self.pieces.items():
-            if field == "citations":
-                block[field] = [*(block.get(field) or []), *pieces]
-            elif field == "partial_json":
-                block.update(_tool_input(_joined(pieces)))
+        for field, text in self.texts.items():
+            if field == "partial_json":
+                block.update(_tool_input(_whole(text)))
             else:
-                block[field] = _joined([block.get(field) or "", *pieces])
+                block[field] = _whole(_halves(block.get(field) or "") + text)
+        if self.citations:
+            block["citations"] = [*(block.get("citations") or []), *self.citations]
         if self.open:
             block["incomplete"] = True
         return block
@@ -221,14 +225,13 @@ def _index(data: dict[str, Any]) -> int:
     return index
 
 
-def _joined(pieces: list[str]) -> str:
-    """One text; a surrogate pair that was split between two pieces becomes its character."""
-    text = "".join(pieces)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
-    return text
+def _halves(text: str) -> bytes:
+    """UTF-16: there a surrogate pair that was split between two pieces becomes its character by itself."""
+    return text.encode("utf-16-le", "surrogatepass")
+
+
+def _whole(halves: bytes | bytearray) -> str:
+    return halves.decode("utf-16-le", "surrogatepass")
 
 
 def _tool_input(text: str) -> dict[str, Any]:

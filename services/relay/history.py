@@ -178,8 +178,13 @@ class Opened:
 
     def let_go(self) -> None:
         """Drops what only the request to upstream is made of: a stream may run for minutes, and many do at once."""
-        self.turn.messages.clear()
-        self.turn.context.messages.clear()
+        turn, session, receipt = self.turn, self.turn.session, self.turn.context.receipt
+        turn.messages.clear()
+        turn.context.messages.clear()
+        kept: dict[str, Any] = {"message_count": session.message_count, "summary_to_seq": session.summary_to_seq}
+        turn.session = wire.Session.model_construct(**kept)
+        kept = {"left_out": receipt.left_out}
+        turn.context.receipt = wire.Receipt.model_construct(**kept)
         self.array.messages.clear()
         self.array.spoken.clear()
 
