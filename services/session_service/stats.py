@@ -5,7 +5,7 @@ Its one invariant: only visible messages are counted.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any, Final, Literal, get_args
 
@@ -142,8 +142,13 @@ USAGE = (
 MESSAGES = select(session_totals.c.messages).where(session_totals.c.user_id == bindparam("user_id"))
 
 
-async def usage(conn: Conn, bucket: Bucket, since: datetime, until: datetime, user_id: str | None) -> wire.Usage:
-    """Visible messages with since ≤ created_at < until, by UTC hour, day or month; empty buckets included."""
+async def usage(
+    conn: Conn, bucket: Bucket, since: datetime, until: datetime, user_id: str | None, *, now: datetime
+) -> wire.Usage:
+    """Visible messages with since ≤ created_at < until, by UTC hour, day or month; empty buckets included.
+
+    `now` is when it was asked: of a bucket that goes on then, all that there is was asked for.
+    """
     if (until - since) / _SHORTEST[bucket] > MAX_BUCKETS:
         raise ValidationFailed.at("query", "from", msg=f"More than {MAX_BUCKETS} buckets")
     if (await conn.value(MESSAGES, user_id=user_id or ALL) or 0) <= LIVE_MESSAGES:
@@ -153,7 +158,7 @@ async def usage(conn: Conn, bucket: Bucket, since: datetime, until: datetime, us
     rows = await conn.rows(USAGE, user_id=user_id or ALL, bucket=bucket, since=min(items), until=until)
     items |= {row["start"]: _item(row) for row in rows}
     # A bucket that is asked for in part cannot come from a sum over all of it.
-    for edge_from, edge_to in _parts(bucket, since, until):
+    for edge_from, edge_to in parts(bucket, since, until, now):
         items |= {item.start: item for item in await _live(conn, bucket, edge_from, edge_to, user_id)}
     return wire.Usage(bucket=bucket, items=[items[start] for start in sorted(items)])
 
@@ -193,12 +198,12 @@ def _starts(bucket: Bucket, since: datetime, until: datetime) -> Iterator[dateti
         start = _next(bucket, start)
 
 
-def _parts(bucket: Bucket, since: datetime, until: datetime) -> list[tuple[datetime, datetime]]:
+def parts(bucket: Bucket, since: datetime, until: datetime, now: datetime) -> list[tuple[datetime, datetime]]:
     """The first and the last bucket, where they are asked for in part; of what is still to come there is no part."""
     first, last = start_of(bucket, since), start_of(bucket, until)
-    parts = []
+    edges = []
     if since != first:
-        parts.append((since, min(until, _next(bucket, first))))
-    if until != last and until < datetime.now(UTC) and (since == first or last != first):
-        parts.append((max(since, last), until))
-    return parts
+        edges.append((since, min(until, _next(bucket, first))))
+    if until != last and until < now and (since == first or last != first):
+        edges.append((max(since, last), until))
+    return edges

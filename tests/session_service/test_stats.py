@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime, timedelta
 
+from services.session_service import stats
 from tests.session_service.calls import Chat, Db, Json, User, fine, said
 
 NOTHING: Json = {
@@ -136,3 +137,16 @@ async def test_usage_of_all_users_contains_each(user: User, db: Db) -> None:
     everyone = fine(await user.http.get("/sessions/stats/usage", params=span))["items"]
     assert figures(everyone) == [("2023-05-05T05:00:00.000000Z", 2, 6, 1.0, 2)]
     assert figures(await usage(user, **span)) == [("2023-05-05T05:00:00.000000Z", 1, 3, 0.5, 1)]
+
+
+def test_only_buckets_asked_for_in_part_are_added_up_again() -> None:
+    """A call without `from` and `to` asks for whole ones: the last of them goes on, and has no other part yet."""
+    now = datetime(2026, 5, 7, 11, 30, tzinfo=UTC)
+    today, noon = datetime(2026, 5, 7, tzinfo=UTC), datetime(2026, 5, 1, 12, tzinfo=UTC)
+    first = datetime(2026, 5, 1, tzinfo=UTC)
+    hour_ago, tomorrow = datetime(2026, 5, 7, 10, 30, tzinfo=UTC), datetime(2026, 5, 8, tzinfo=UTC)
+    assert stats.parts("day", first, now, now) == []
+    assert stats.parts("day", first, tomorrow, now) == []
+    assert stats.parts("day", first, hour_ago, now) == [(today, hour_ago)]
+    assert stats.parts("day", noon, now, now) == [(noon, datetime(2026, 5, 2, tzinfo=UTC))]
+    assert stats.parts("day", noon, hour_ago, now) == [(noon, datetime(2026, 5, 2, tzinfo=UTC)), (today, hour_ago)]

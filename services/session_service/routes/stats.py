@@ -45,11 +45,12 @@ async def get_usage(
     user_id: Annotated[values.UserId | None, Query()] = None,
 ) -> Response:
     """Visible messages, tokens and cost by UTC hour, day or month; empty buckets included."""
-    until = _utc("to", until or datetime.now(UTC))
+    now = datetime.now(UTC)
+    until = _utc("to", until or now)
     since = _utc("from", since or start_of(bucket, _before(until, _DEFAULT_SPAN[bucket])))
     if since >= until:
         raise ValidationFailed.at("query", "to", msg="Not later than from")
-    return answer(await stats.usage(db, bucket, since, until, user_id))
+    return answer(await stats.usage(db, bucket, since, until, user_id, now=now))
 
 
 def _utc(name: str, moment: datetime) -> datetime:
