@@ -13,6 +13,7 @@ it, up to the message that asks. Clients send either only what is new or everyth
 Messages of the assistant at the array's end are a prefill: no message of their own, but the answer's beginning.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -47,6 +48,7 @@ log = structlog.get_logger(__name__)
 MOST_NEW: Final = Limits().turn_messages
 _LEAST_TRIES: Final = 5
 _BUSY_SECONDS: Final = 1.0
+_AGAIN_SECONDS: Final = 0.05
 _BEYOND: Final = 100
 # Whole arrays go upstream as they are; the store must not refuse one for the size of its own context.
 _NO_BUDGET: Final = wire.ContextOptions(max_tokens=2**31 - 1)
@@ -275,6 +277,11 @@ async def open_turn(sessions: SessionClient, opening: Opening, *, wait_seconds: 
         try:
             turn = await sessions.open_turn(key, request, if_match=plan.version)
             return Opened(key, turn, opening.array, opening.is_whole)
+        except TurnInProgress:
+            # An instance of the store that stops sends away who waits at it; another one takes them in.
+            if monotonic() >= deadline:
+                raise
+            await asyncio.sleep(_AGAIN_SECONDS)
         except (SessionExists, VersionMismatch, SessionNotActive) as error:
             # Somebody else wrote since it was looked at, or it has ended: what is to be done is another thing now.
             log.info("history_moved", code=error.code)
