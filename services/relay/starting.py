@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any, Final
 
 import structlog
-from uuid_utils import uuid7
+from uuid_utils import UUID, uuid7
 
 from services.relay import conversation_lists, conversations, events, places, runtime_keys, start_tasks
 from services.relay.conversations import Api, Conversation
@@ -235,7 +235,7 @@ async def _is_up(conn: Conn, conversation_id: str) -> None:
 
 
 def _hyphenated(digits: str) -> str:
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+    return str(UUID(digits))
 
 
 class Steps:

@@ -6,6 +6,7 @@ import json
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,6 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
+from services.relay import history
+from services.relay.request import ClaudeRequest
+from services.relay.session_ids import Choice
+from services.relay.settings import RelaySettings
+from shared import wire
+from shared.discovery import Instances
+from shared.session_client import SessionClient, SessionKey
+from tests.processes import ServiceProcess, free_port, start_session_service
 from tests.relay.calls import Chat, Json, assistant, error_of, events_of, streamed_text, user
 from tests.upstream import rules
 from tests.upstream.client import TestUpstream
@@ -675,3 +684,29 @@ def made_answer(kind: str, number: int) -> list[Json]:
         "tools": calls,
         "all": [thinking, text(f"answer {number}"), calls[0]],
     }[kind]
+
+
+async def test_who_waits_at_an_instance_that_stops_waits_on_at_another(
+    database_url: str, session_service: ServiceProcess, user_id: str, scratch: Path, tmp_path: Path
+) -> None:
+    """The store sends its waiters away when it stops; that is nothing that a client should hear of."""
+    key = SessionKey(user_id, "busy")
+    said = wire.NewMessage(role="user", content="first")
+    with start_session_service(database_url, scratch, free_port(), DRAIN_SECONDS="0") as leaving:
+        instances = Instances([leaving.url])
+        client = SessionClient(instances)
+        held = await client.open_turn(key, wire.OpenTurn(messages=[said], create_session=wire.CreateSessionInTurn()))
+        array = history.Array.of(ClaudeRequest({"messages": [user("second")]}, None))
+        wishes = history.Wishes.of({}, RelaySettings(environment="test", data_dir=tmp_path))
+        opening = history.Opening(key, Choice("busy", "named"), array, wishes)
+        waiting = asyncio.create_task(history.open_turn(client, opening, wait_seconds=20))
+        await asyncio.sleep(0.5)
+        instances.replace([session_service.url])
+        assert await asyncio.to_thread(leaving.stop) == 0
+        await asyncio.sleep(0.3)
+        assert not waiting.done()
+    done = wire.CompleteTurn(lease_token=held.lease_token, status="completed")
+    await client.complete_turn(key, held.turn_id, done)
+    opened = await asyncio.wait_for(waiting, 10)
+    assert [message.content for message in opened.turn.messages] == ["second"]
+    await client.close()

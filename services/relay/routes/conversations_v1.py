@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from services.relay import chat, conversation_lists, events, start_tasks
@@ -156,24 +156,32 @@ async def get_conversations(ids: Ids, request: Request, state: AppState, key: Us
     return answer([by_id.get(each) for each in ids])
 
 
-@router.get("/app-conversations/search")
-async def search_conversations(
-    request: Request,
-    state: AppState,
-    key: UserKey,
+async def _filter(
     title: Annotated[Wanted, Query(alias="title__contains")] = None,
     created_from: Annotated[Moment, Query(alias="created_at__gte")] = None,
     created_before: Annotated[Moment, Query(alias="created_at__lt")] = None,
     updated_from: Annotated[Moment, Query(alias="updated_at__gte")] = None,
     updated_before: Annotated[Moment, Query(alias="updated_at__lt")] = None,
     include_sub_conversations: bool = False,
+) -> Filter:
+    return Filter(
+        title, created_from, created_before, updated_from, updated_before, with_children=include_sub_conversations
+    )
+
+
+Filtered = Annotated[Filter, Depends(_filter)]
+
+
+@router.get("/app-conversations/search")
+async def search_conversations(
+    request: Request,
+    state: AppState,
+    key: UserKey,
+    wanted: Filtered,
     page_id: PageId = None,
     limit: Limit = 100,
 ) -> Response:
     """The newest first."""
-    wanted = Filter(
-        title, created_from, created_before, updated_from, updated_before, with_children=include_sub_conversations
-    )
     found, next_page_id = await page_of(state, key, wanted, page_id, limit)
     items = await state.conversing.apps(key.user_id, found, base_url(request, state))
     return answer({"items": items, "next_page_id": next_page_id})
@@ -183,16 +191,8 @@ async def search_conversations(
 async def count_conversations(
     state: AppState,
     key: UserKey,
-    title: Annotated[Wanted, Query(alias="title__contains")] = None,
-    created_from: Annotated[Moment, Query(alias="created_at__gte")] = None,
-    created_before: Annotated[Moment, Query(alias="created_at__lt")] = None,
-    updated_from: Annotated[Moment, Query(alias="updated_at__gte")] = None,
-    updated_before: Annotated[Moment, Query(alias="updated_at__lt")] = None,
-    include_sub_conversations: bool = False,
+    wanted: Filtered,
 ) -> Response:
-    wanted = Filter(
-        title, created_from, created_before, updated_from, updated_before, with_children=include_sub_conversations
-    )
     return answer(await conversation_lists.count(state.database, key.user_id, wanted))
 
 
