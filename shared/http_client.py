@@ -1,19 +1,26 @@
-"""The HTTP client of everything here: httpx over aiohttp's connection pool, which survives cancelled streams.
+"""The HTTP client of everything here: aiohttp's connection pool, which survives cancelled streams.
 
-Its one invariant: nothing of the machine's environment (proxies, netrc) finds its way into a call.
+Where a call is made for every turn it is aiohttp's own interface, elsewhere httpx' over the same pool. Its one
+invariant: nothing of the machine's environment (proxies, netrc) finds its way into a call.
 """
 
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import aiohttp
 import httpx
+from aiohttp.http_exceptions import HttpProcessingError
 from httpx_aiohttp import AiohttpTransport
+from yarl import URL
 
 KEEP_ALIVE_SECONDS: Final = 30
 """Shorter than our servers keep an idle connection (75 s), so that none is closed under a request on its way."""
 
 SLICE_BYTES: Final = 256 * 2**10
+
+FAULTS: Final = (aiohttp.ClientError, HttpProcessingError, OSError)
+"""The ways in which a call of aiohttp fails; timeouts are OSErrors."""
 
 
 def http_client(
@@ -21,33 +28,48 @@ def http_client(
 ) -> httpx.AsyncClient:
     """A client with any number of connections; `read_seconds` is the longest silence of an answer."""
     return httpx.AsyncClient(
-        transport=transport(),
+        transport=_Transport(client=session),
         timeout=httpx.Timeout(read_seconds, connect=connect_seconds, pool=None),
         headers=dict(headers or {}),
         trust_env=False,
     )
 
 
-def transport() -> httpx.AsyncBaseTransport:
-    """Any number of connections."""
+def session() -> aiohttp.ClientSession:
+    """Any number of connections, no cookies. Needs a running loop."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        skip_auto_headers=("accept-encoding", "user-agent"),
+    )
 
-    def session() -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS))
 
-    return _Transport(client=session)
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The whole answer to a call between our own parts; names in `headers` are looked up in any case."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
 
 
-async def exchange(over: httpx.AsyncBaseTransport, request: httpx.Request) -> httpx.Response:
-    """The whole answer. For calls between our own parts, which know no cookies, redirects and logins.
-
-    Looking for these is a third of what httpx' client does for a call.
-    """
-    response = await over.handle_async_request(request)
-    try:
-        await response.aread()
-    finally:
-        await response.aclose()
-    return response
+async def exchange(
+    over: aiohttp.ClientSession,
+    method: str,
+    url: URL,
+    *,
+    headers: dict[str, str],
+    content: bytes,
+    timeout: aiohttp.ClientTimeout,
+) -> Answer:
+    """The whole answer, whatever its status; raises one of FAULTS."""
+    data: bytes | AsyncIterator[bytes] | None = content or None
+    if len(content) > SLICE_BYTES:
+        data, headers = in_slices(content), {**headers, "content-length": str(len(content))}
+    async with over.request(
+        method, url, headers=headers, data=data, timeout=timeout, allow_redirects=False
+    ) as response:
+        return Answer(response.status, response.headers, await response.read())
 
 
 class _Transport(AiohttpTransport):
@@ -69,4 +91,4 @@ async def in_slices(body: bytes) -> AsyncIterator[bytes]:
 
 def was_not_sent(error: Exception) -> bool:
     """Whether the request cannot have reached the other side: no connection was ever made for it."""
-    return isinstance(error.__cause__, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+    return isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)

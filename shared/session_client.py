@@ -6,17 +6,18 @@ it twice is the same as once.
 
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
-import httpx
+import aiohttp
 import structlog
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
+from yarl import URL
 
-from shared import wire
+from shared import http_client, wire
 from shared.discovery import Instance, Instances
 from shared.errors import Internal, NotInitialized, ServiceError, SessionServiceUnavailable, Unauthorized, decode
-from shared.http_client import SLICE_BYTES, exchange, in_slices, transport, was_not_sent
+from shared.http_client import FAULTS, exchange, was_not_sent
 from shared.json import dumps
 
 log = structlog.get_logger(__name__)
@@ -55,7 +56,7 @@ class SessionClient:
         connect_timeout_seconds: float = 2,
     ) -> None:
         self._instances = instances
-        self._transport = transport()
+        self._http: aiohttp.ClientSession | None = None
         self._timeout_seconds = timeout_seconds
         self._connect_timeout_seconds = connect_timeout_seconds
         self._headers = {"content-type": "application/json"}
@@ -63,7 +64,8 @@ class SessionClient:
             self._headers["authorization"] = f"Bearer {token}"
 
     async def close(self) -> None:
-        await self._transport.aclose()
+        if self._http is not None:
+            await self._http.close()
 
     # ── sessions ────────────────────────────────────────────────────────────────────────────────
 
@@ -173,56 +175,71 @@ class SessionClient:
     ) -> Answer:
         await self._instances.first(_FIRST_INSTANCE_SECONDS)
         query = {**(params or {}), **({"user_id": key.user_id} if key else {})}
-        sent = b"" if body is None else dumps(body.model_dump(exclude_none=True))
-        lengths = {"content-length": str(len(sent))} if len(sent) > SLICE_BYTES else {}
-        timeouts = {"connect": self._connect_timeout_seconds, "read": self._timeout_seconds + extra_seconds}
+        target = f"{path}?{urlencode(_pairs(query))}" if query else path
+        content = b"" if body is None else dumps(body.model_dump(exclude_none=True))
+        timeout = aiohttp.ClientTimeout(
+            sock_connect=self._connect_timeout_seconds, sock_read=self._timeout_seconds + extra_seconds
+        )
         failure: ServiceError = SessionServiceUnavailable(retry_after_seconds=1)
         for instance in self._instances.in_order()[:_MAX_TRIES]:
             try:
-                request = httpx.Request(
+                answer = await exchange(
+                    self._over(),
                     method,
-                    instance.url + path,
-                    params=query,
-                    content=in_slices(sent) if lengths else sent,
-                    headers={**self._headers, **lengths, **(headers or {})},
-                    extensions={"timeout": timeouts},
+                    URL(instance.url + target, encoded=True),
+                    headers={**self._headers, **(headers or {})},
+                    content=content,
+                    timeout=timeout,
                 )
-                response = await exchange(self._transport, request)
-            except (httpx.HTTPError, OSError) as error:
+            except FAULTS as error:
                 self._instances.failed(instance)
                 log.warning("session_service_call_failed", instance=instance.url, error=type(error).__name__)
                 if repeatable or was_not_sent(error):
                     continue
                 raise SessionServiceUnavailable(retry_after_seconds=1) from error
-            if response.is_success:
+            if 200 <= answer.status < 300:
                 self._instances.worked(instance)
-                return _decoded(model, response)
-            failure = _failure(response, instance)
-            if response.status_code != 503 or not (repeatable or isinstance(failure, NotInitialized)):
+                return _decoded(model, answer)
+            failure = _failure(answer, instance)
+            if answer.status != 503 or not (repeatable or isinstance(failure, NotInitialized)):
                 raise failure
         raise failure
+
+    def _over(self) -> aiohttp.ClientSession:
+        if self._http is None:
+            self._http = http_client.session()
+        return self._http
+
+
+def _pairs(query: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (name, str(each).lower() if isinstance(each, bool) else str(each))
+        for name, value in query.items()
+        for each in (value if isinstance(value, list) else [value])
+        if each is not None
+    ]
 
 
 def _if_match(version: int | None) -> dict[str, str]:
     return {} if version is None else {"if-match": f'"{version}"'}
 
 
-def _failure(response: httpx.Response, instance: Instance) -> ServiceError:
+def _failure(answer: http_client.Answer, instance: Instance) -> ServiceError:
     """The error that the answer tells; one that is about the service itself, or not in the contract, is an outage."""
     try:
-        body = from_json(response.content)
+        body = from_json(answer.content)
     except ValueError:
-        log.warning("session_service_answer_unreadable", instance=instance.url, status=response.status_code)
+        log.warning("session_service_answer_unreadable", instance=instance.url, status=answer.status)
         body = None
-    error = decode(response.status_code, body, response.headers.get("retry-after"))
+    error = decode(answer.status, body, answer.headers.get("retry-after"))
     if type(error) in _NOT_THE_CALLERS:
-        log.error("session_service_failed", instance=instance.url, status=response.status_code, code=error.code)
+        log.error("session_service_failed", instance=instance.url, status=answer.status, code=error.code)
         return SessionServiceUnavailable(retry_after_seconds=1)
     return error
 
 
-def _decoded(model: type[Answer], response: httpx.Response) -> Answer:
+def _decoded(model: type[Answer], answer: http_client.Answer) -> Answer:
     try:
-        return model.model_validate_json(response.content)
+        return model.model_validate_json(answer.content)
     except ValidationError as error:
         raise SessionServiceUnavailable("session_service gave an answer that is not in the contract") from error

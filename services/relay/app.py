@@ -107,7 +107,7 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
     app.add_exception_handler(Exception, _on_fault)
     rules = BodyRules(settings.relay_max_body_bytes, settings.body_timeout_seconds)
     return Door(
-        _for_pages(app, settings),
+        _for_pages(claude.Direct(app, state), settings),
         rules=rules,
         duration=state.metrics.duration,
         admit=check_path,

@@ -4,8 +4,8 @@ Its one invariant: the raw bytes of all events, joined, are the stream, however 
 """
 
 import re
-from collections.abc import AsyncIterator, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, NamedTuple, Self
 
 from services.relay.upstream import UpstreamProtocolError, encode_body
 
@@ -38,6 +38,8 @@ class Splitter:
 
     Exhaust what `feed` gives before feeding again.
     """
+
+    __slots__ = ("_any_cr", "_buffer", "_cr_style", "_limit_bytes", "_line_start", "_searched")
 
     def __init__(self, limit_bytes: int = EVENT_LIMIT_BYTES) -> None:
         self._limit_bytes = limit_bytes
@@ -120,14 +122,32 @@ def _event(raw: bytes) -> Event:
     return Event(raw, name, b"\n".join(data))
 
 
-async def events(chunks: AsyncIterator[bytes], limit_bytes: int = EVENT_LIMIT_BYTES) -> AsyncIterator[Event]:
-    """The events of a body as they become complete; raises EventTooLarge, and what `chunks` raises."""
-    splitter = Splitter(limit_bytes)
-    async for chunk in chunks:
-        for event in splitter.feed(chunk):
-            yield event
-    for event in splitter.finish():
-        yield event
+class Events:
+    """The events of a body as they become complete; raises EventTooLarge, and what `read` raises.
+
+    `read` gives the next bytes, b"" at the end.
+    """
+
+    __slots__ = ("_complete", "_read", "_splitter")
+
+    def __init__(self, read: Callable[[], Awaitable[bytes]], limit_bytes: int = EVENT_LIMIT_BYTES) -> None:
+        self._read: Callable[[], Awaitable[bytes]] | None = read
+        self._splitter = Splitter(limit_bytes)
+        self._complete: Iterator[Event] = iter(())
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        while (event := next(self._complete, None)) is None:
+            if self._read is None:
+                raise StopAsyncIteration
+            if chunk := await self._read():
+                self._complete = self._splitter.feed(chunk)
+            else:
+                self._read = None
+                self._complete = self._splitter.finish()
+        return event
 
 
 def format_event(name: str, data: Any) -> bytes:

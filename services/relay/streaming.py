@@ -6,7 +6,7 @@ before its commit point, and its last event only once the turn is kept.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Final
 
 from services.relay import sse
@@ -42,7 +42,7 @@ async def pass_on(
     Raises UpstreamError, and what `on_stall` raises.
     """
     held: list[bytes] | None = []
-    events = sse.events(answer.chunks())
+    events = sse.Events(answer.chunk)
     async for event in events:
         assembly.add(event)
         if assembly.error is not None:
@@ -53,17 +53,16 @@ async def pass_on(
             held = None
         if assembly.finished:
             return event.raw + await _rest(events)
-        if held is None:
-            await _put(pipe, event.raw, on_stall, stalled_seconds)
-        else:
+        if held is not None:
             held.append(event.raw)
+        elif pipe.has_room:
+            pipe.put_now(event.raw)
+        else:
+            await _put_later(pipe, event.raw, on_stall, stalled_seconds)
     raise UpstreamProtocolError("the stream ended without message_stop")
 
 
-async def _put(pipe: Pipe, piece: bytes, on_stall: Callable[[], None], stalled_seconds: float) -> None:
-    if pipe.has_room:
-        pipe.put_now(piece)
-        return
+async def _put_later(pipe: Pipe, piece: bytes, on_stall: Callable[[], None], stalled_seconds: float) -> None:
     try:
         async with asyncio.timeout(stalled_seconds):
             await pipe.put(piece)
@@ -79,7 +78,7 @@ async def _error_event(event: Event, assembly: Assembly, pipe: Pipe, *, is_commi
     return ErrorEvent(error.data, is_passed=False)
 
 
-async def _rest(events: AsyncIterator[Event]) -> bytes:
+async def _rest(events: sse.Events) -> bytes:
     """What follows message_stop: as a rule the end of the body, which frees the connection for the next call."""
     rest = b""
     try:

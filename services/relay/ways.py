@@ -13,7 +13,7 @@ from services.relay.accounts import Account
 from services.relay.sealing import Sealer, Unsealable
 from services.relay.settings import RelaySettings
 from services.relay.upstream import Upstream
-from services.relay.upstream.anthropic import AnthropicUpstream, Timeouts, create_client
+from services.relay.upstream.anthropic import AnthropicUpstream, Client, Timeouts, create_client
 from services.relay.upstream.demo import DemoUpstream
 
 log = structlog.get_logger(__name__)
@@ -29,7 +29,7 @@ class Ways:
     def __init__(self, settings: RelaySettings, sealer: Sealer) -> None:
         self._settings = settings
         self._sealer = sealer
-        self._clients: dict[str, httpx.AsyncClient] = {}
+        self._clients: dict[str, Client] = {}
 
     def connect(self, account: Account) -> Upstream | None:
         """The way to this account's upstream; None when its secrets cannot be opened."""
@@ -52,7 +52,7 @@ class Ways:
             log.error("account_unusable", account=account.id, reason=str(problem))  # noqa: TRY400 - one line says it
             return None
 
-    def _client(self, proxy_url: str) -> httpx.AsyncClient:
+    def _client(self, proxy_url: str) -> Client:
         client = self._clients.get(proxy_url)
         if client is None:
             client = self._clients[proxy_url] = create_client(proxy_url or None)

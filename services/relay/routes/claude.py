@@ -1,21 +1,29 @@
-"""The Claude Messages API: messages, their tokens counted, and the models there are."""
+"""The Claude Messages API: messages, their tokens counted, and the models there are.
+
+A message is served past FastAPI's layers, by `Direct`; its routes here describe it.
+"""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
+from starlette.requests import ClientDisconnect
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.relay import request as requests
 from services.relay.counting import count
 from services.relay.errors import ModelNotServed, NotPermitted
 from services.relay.keys import Key
 from services.relay.parts import Caller
-from services.relay.routes.parameters import AppState, MessagesKey
+from services.relay.routes.parameters import AppState, MessagesKey, caller_with
 from services.relay.routes.rendering import KIRO_PREFIX, request_id_of
 from services.relay.routes.replies import reply_of, unless_gone
-from shared.door import answer
+from services.relay.state import State
+from shared.door import answer, client_gone
 
 router = APIRouter(tags=["claude"])
 
+_MESSAGES = "/v1/messages"
 PREFIXES = ("", "/api", KIRO_PREFIX, f"/api/v1{KIRO_PREFIX}")
 
 
@@ -93,7 +101,35 @@ def _caller(request: Request, key: MessagesKey) -> Caller:
 
 for prefix in PREFIXES:
     shown = not prefix
-    router.add_api_route(f"{prefix}/v1/messages", create_message, methods=["POST"], include_in_schema=shown)
+    router.add_api_route(prefix + _MESSAGES, create_message, methods=["POST"], include_in_schema=shown)
     router.add_api_route(f"{prefix}/v1/messages/count_tokens", count_tokens, methods=["POST"], include_in_schema=shown)
     router.add_api_route(f"{prefix}/v1/models", list_models, methods=["GET"], include_in_schema=shown)
     router.add_api_route(f"{prefix}/v1/models/{{model_id:path}}", get_model, methods=["GET"], include_in_schema=shown)
+
+
+class Direct:
+    """Serves POST of a message itself, and leaves the rest to `app`.
+
+    FastAPI's layers have nothing to do for it, and a stream would hold a dozen of their frames for its whole length.
+    """
+
+    def __init__(self, app: ASGIApp, state: State) -> None:
+        self._app = app
+        self._state = state
+        self._key_of = caller_with("messages")
+        paths = {prefix + _MESSAGES for prefix in PREFIXES}
+        self._routes = {each.path: each for each in router.routes if isinstance(each, Route) and each.path in paths}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self._routes:
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = self._routes[scope["path"]]
+        response = await self._response(Request(scope, receive))
+        await response(scope, receive, send)
+
+    async def _response(self, request: Request) -> Response:
+        try:
+            return await create_message(request, self._state, await self._key_of(request, self._state))
+        except ClientDisconnect as gone:
+            return await client_gone(request, gone)

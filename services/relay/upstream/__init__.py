@@ -13,12 +13,11 @@ none of them, in its text, its repr or its chain, holds an API key.
 """
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
-
-import httpx
 
 from shared.json import dumps
 
@@ -80,48 +79,40 @@ class UpstreamRequest:
         return self.body.get("stream") is True
 
 
-class UpstreamAnswer:
+class UpstreamAnswer(ABC):
     """An answer whose status and headers are there and whose body is still coming.
 
-    Whoever opened it closes it (`async with`, or `aclose`); closing one that is still running ends the
-    connection at once, without reading the rest.
+    Names in `headers` are in lower case. Whoever opened it closes it (`async with`, or `aclose`); closing one
+    that is still running ends the connection at once, without reading the rest.
     """
 
-    __slots__ = ("_aclose", "_chunks", "headers", "status")
+    __slots__ = ("headers", "status")
 
-    def __init__(
-        self,
-        status: int,
-        headers: httpx.Headers,
-        chunks: AsyncIterator[bytes],
-        aclose: Callable[[], Awaitable[None]],
-    ) -> None:
+    def __init__(self, status: int, headers: Mapping[str, str]) -> None:
         self.status = status
         self.headers = headers
-        self._chunks = chunks
-        self._aclose = aclose
 
     def __repr__(self) -> str:
         return f"<UpstreamAnswer {self.status}>"
 
-    def chunks(self) -> AsyncIterator[bytes]:
-        """The body's bytes as they arrive, once; raises UpstreamTimeout or UpstreamProtocolError."""
-        return self._chunks
+    @abstractmethod
+    async def chunk(self) -> bytes:
+        """The body's next bytes as they arrive, b"" at its end; raises UpstreamTimeout or UpstreamProtocolError."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Gives the connection back, or ends it when the body was not read to its end. Never raises."""
 
     async def read(self, limit_bytes: int = ANSWER_LIMIT_BYTES) -> bytes:
-        """The whole body; raises AnswerTooLarge beyond `limit_bytes`, and what `chunks` raises."""
+        """The whole body; raises AnswerTooLarge beyond `limit_bytes`, and what `chunk` raises."""
         parts: list[bytes] = []
         size_bytes = 0
-        async for chunk in self._chunks:
+        while chunk := await self.chunk():
             size_bytes += len(chunk)
             if size_bytes > limit_bytes:
                 raise AnswerTooLarge(f"the answer is longer than {limit_bytes} bytes")
             parts.append(chunk)
         return b"".join(parts)
-
-    async def aclose(self) -> None:
-        """Gives the connection back, or ends it when the body was not read to its end. Never raises."""
-        await self._aclose()
 
     async def __aenter__(self) -> Self:
         return self

@@ -7,19 +7,18 @@ redirect followed), and the API key leaves only in the `x-api-key` header to `ba
 import asyncio
 import json
 import socket
+import string
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
-from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import aiohttp
 import httpx
-from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp_socks import ProxyConnectionError, ProxyConnector, ProxyError, ProxyTimeoutError
-from httpx_aiohttp import AiohttpTransport
+from yarl import URL
 
 from services.relay.upstream import (
     MODELS_PATH,
@@ -32,7 +31,7 @@ from services.relay.upstream import (
     encode_body,
 )
 from shared import __version__
-from shared.http_client import SLICE_BYTES, in_slices
+from shared.http_client import FAULTS, SLICE_BYTES, in_slices
 
 DEFAULT_VERSION = "2023-06-01"
 KEEPALIVE_SECONDS = 30.0
@@ -43,11 +42,11 @@ _READ_BUFFER_BYTES = 16 * 2**10
 
 _MODELS_AT_ONCE = 1000
 _MODELS_BYTES = 2**20
-_SPENT = httpx.Request("POST", "http://spent.invalid")
+_LONGEST_QUERY = 64_000
+_IN_QUERIES = "".join(sorted({*string.ascii_letters, *string.digits, *string.punctuation} - set('"#<>')))
 
-# What the transport lets through besides its own mapping: the HTTP parser's errors and bare socket errors.
 _PROXY_FAULTS = (ProxyError, ProxyConnectionError, ProxyTimeoutError)
-_FAULTS = (httpx.HTTPError, aiohttp.ClientError, HttpProcessingError, OSError, UnicodeError, *_PROXY_FAULTS)
+_FAULTS = (*FAULTS, UnicodeError, *_PROXY_FAULTS)
 _NO_CONNECTION = (
     *(aiohttp.ClientConnectorError, aiohttp.InvalidURL, aiohttp.ClientHttpProxyError),
     *(ProxyError, ProxyConnectionError, UnicodeError),
@@ -64,31 +63,79 @@ class Timeouts:
     plain_seconds: float = 600.0
 
 
-def create_client(proxy_url: str | None = None) -> httpx.AsyncClient:
-    """The HTTP client that all accounts with this proxy, or with none, share. Close it with `aclose`.
+@dataclass(frozen=True, slots=True)
+class Client:
+    """The HTTP client that all accounts with this proxy, or with none, share."""
+
+    session: aiohttp.ClientSession
+    proxy: URL | None = None
+    credentials: dict[str, str] = field(default_factory=dict, repr=False)
+    """The header that the proxy asks for."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self.session.close()
+
+    async def request(
+        self,
+        method: str,
+        url: URL,
+        *,
+        headers: dict[str, str],
+        timeout: aiohttp.ClientTimeout,
+        body: bytes | None = None,
+    ) -> aiohttp.ClientResponse:
+        """The answer once its head is there. An HTTP proxy reads its credentials in the request itself, or, where
+        that is encrypted, in the one for the tunnel."""
+        tunnel: dict[str, str] | None = None
+        if self.credentials:
+            if url.scheme == "https":
+                tunnel = self.credentials
+            else:
+                headers |= self.credentials
+        return await self.session.request(
+            method,
+            url,
+            data=body if body is None or len(body) <= SLICE_BYTES else in_slices(body),
+            headers=headers,
+            timeout=timeout,
+            allow_redirects=False,
+            proxy=self.proxy,
+            proxy_headers=tunnel,
+        )
+
+
+def create_client(proxy_url: str | None = None) -> Client:
+    """Close it with `aclose`. Raises ValueError for a proxy's URL that cannot be used.
 
     No limit on connections: how many calls run at once is decided before they get here.
     """
     tls = httpx.create_ssl_context()
-    is_socks = proxy_url is not None and proxy_url.startswith("socks")
-
-    def connector() -> aiohttp.BaseConnector:
-        if proxy_url is not None and is_socks:
-            return ProxyConnector.from_url(proxy_url, limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=tls, rdns=True)
-        return aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=tls, socket_factory=_socket)
-
-    def session() -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(
-            connector=connector(), cookie_jar=aiohttp.DummyCookieJar(), read_bufsize=_READ_BUFFER_BYTES
-        )
-
-    proxy = None if proxy_url is None or is_socks else httpx.Proxy(proxy_url)
-    return httpx.AsyncClient(
-        transport=AiohttpTransport(verify=tls, client=session, proxy=proxy),
-        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+    connector: aiohttp.BaseConnector
+    proxy: URL | None = None
+    credentials = {}
+    if proxy_url is not None and proxy_url.startswith("socks"):
+        connector = ProxyConnector.from_url(proxy_url, limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=tls, rdns=True)
+    else:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=tls, socket_factory=_socket)
+        if proxy_url is not None:
+            parts = urlsplit(proxy_url)
+            proxy = URL(urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])))
+            if parts.username or parts.password:
+                user, password = unquote(parts.username or ""), unquote(parts.password or "")
+                credentials = {"Proxy-Authorization": aiohttp.encode_basic_auth(user, password)}
+    session = aiohttp.ClientSession(
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        read_bufsize=_READ_BUFFER_BYTES,
         headers={"user-agent": _USER_AGENT, "accept-encoding": "identity"},
-        trust_env=False,
     )
+    return Client(session, proxy, credentials)
 
 
 def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
@@ -108,9 +155,7 @@ class AnthropicUpstream:
     Raises ValueError for a base URL or key that cannot work; the key is in no message.
     """
 
-    def __init__(
-        self, client: httpx.AsyncClient, *, base_url: str, api_key: str, timeouts: Timeouts | None = None
-    ) -> None:
+    def __init__(self, client: Client, *, base_url: str, api_key: str, timeouts: Timeouts | None = None) -> None:
         self._client = client
         self._base_url = checked_base_url(base_url)
         self._api_key = api_key.strip()
@@ -129,15 +174,13 @@ class AnthropicUpstream:
         """
         limits = self._timeouts
         read_seconds = limits.silence_seconds if request.stream else limits.plain_seconds
-        return await self._send(self._http_request(request, read_seconds), read_seconds)
+        url = self._url(request.path, request.query)
+        return await self._send("POST", url, request.headers, encode_body(request.body), read_seconds=read_seconds)
 
     async def models(self) -> list[dict[str, Any]]:
         """The first thousand models that it lists; an UpstreamProtocolError where it lists none."""
-        headers = {"anthropic-version": DEFAULT_VERSION, "x-api-key": self._api_key}
-        url = f"{self._base_url}{MODELS_PATH}?limit={_MODELS_AT_ONCE}"
-        timeout = httpx.Timeout(self._timeouts.silence_seconds, connect=self._timeouts.connect_seconds)
-        request = self._client.build_request("GET", url, headers=headers, timeout=timeout)
-        async with await self._send(request, self._timeouts.silence_seconds) as answer:
+        url, read_seconds = self._url(MODELS_PATH, f"limit={_MODELS_AT_ONCE}"), self._timeouts.silence_seconds
+        async with await self._send("GET", url, {}, read_seconds=read_seconds) as answer:
             content = await answer.read(_MODELS_BYTES)
         try:
             listed = json.loads(content)["data"]
@@ -145,40 +188,64 @@ class AnthropicUpstream:
         except (ValueError, TypeError, KeyError, RecursionError):
             raise UpstreamProtocolError(f"no list of models (status {answer.status})") from None
 
-    async def _send(self, request: httpx.Request, read_seconds: float) -> UpstreamAnswer:
+    def _url(self, path: str, query: str) -> URL:
+        """Path and query as they are, but for what no query can hold."""
+        if len(query) > _LONGEST_QUERY or any(character < " " for character in query):
+            raise ValueError("a query string that no URL can hold")
+        return URL(f"{self._base_url}{path}" + (f"?{quote(query, safe=_IN_QUERIES)}" if query else ""), encoded=True)
+
+    async def _send(
+        self, method: str, url: URL, headers: Mapping[str, str], body: bytes | None = None, *, read_seconds: float
+    ) -> UpstreamAnswer:
+        connect_seconds = self._timeouts.connect_seconds
+        timeout = aiohttp.ClientTimeout(connect=connect_seconds, sock_connect=connect_seconds, sock_read=read_seconds)
         failure: UpstreamError | None = None
         try:
-            async with asyncio.timeout(self._timeouts.connect_seconds + read_seconds):  # uploading included
-                response = await self._client.send(request, stream=True, follow_redirects=False)
+            async with asyncio.timeout(connect_seconds + read_seconds):  # uploading included
+                response = await self._client.request(
+                    method, url, headers=self._headers(headers, body), timeout=timeout, body=body
+                )
         except _FAULTS as fault:
             failure = _failure(fault, nothing_received=True)
         if failure is not None:  # raised out here, so that no chain leads to the request and its key
             raise failure
-        response.request = _SPENT  # an answer may run for minutes: its request's body and key can go
-        if 300 <= response.status_code < 400:
-            await _close(response)
-            raise UpstreamProtocolError(f"upstream answered with a redirect ({response.status_code})")
-        return UpstreamAnswer(response.status_code, _headers(response), _chunks(response), partial(_close, response))
+        answer = _Answer(response)
+        if 300 <= response.status < 400:
+            await answer.aclose()
+            raise UpstreamProtocolError(f"upstream answered with a redirect ({response.status})")
+        return answer
 
-    def _http_request(self, request: UpstreamRequest, read_seconds: float) -> httpx.Request:
-        url = self._base_url + request.path + (f"?{request.query}" if request.query else "")
-        body = encode_body(request.body)
-        headers = {"anthropic-version": DEFAULT_VERSION}
-        for name, value in request.headers.items():
+    def _headers(self, headers: Mapping[str, str], body: bytes | None) -> dict[str, str]:
+        sent = {"anthropic-version": DEFAULT_VERSION}
+        for name, value in headers.items():
             if name.lower().startswith("anthropic-"):
-                headers[name.lower()] = value.encode("ascii", "replace").decode()
-        headers |= {
-            "x-api-key": self._api_key,
-            "content-type": "application/json",
-            "content-length": str(len(body)),
-        }
-        connect_seconds = self._timeouts.connect_seconds
-        timeout = httpx.Timeout(connect=connect_seconds, pool=connect_seconds, read=read_seconds, write=None)
-        content = body if len(body) <= SLICE_BYTES else in_slices(body)
+                sent[name.lower()] = value.encode("ascii", "replace").decode()
+        sent["x-api-key"] = self._api_key
+        if body is not None:
+            sent |= {"content-type": "application/json", "content-length": str(len(body))}
+        return sent
+
+
+class _Answer(UpstreamAnswer):
+    """An answer that comes over HTTP."""
+
+    __slots__ = ("_response",)
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        super().__init__(response.status, _headers(response))
+        self._response = response
+
+    async def chunk(self) -> bytes:
+        failure: UpstreamError | None = None
         try:
-            return self._client.build_request("POST", url, content=content, headers=headers, timeout=timeout)
-        except httpx.InvalidURL:
-            raise ValueError("a query string that no URL can hold") from None
+            return await self._response.content.readany()
+        except _FAULTS as fault:
+            failure = _failure(fault, nothing_received=False)
+        raise failure
+
+    async def aclose(self) -> None:
+        with suppress(*_FAULTS):
+            self._response.release()  # whole, the connection is kept; else it ends
 
 
 def checked_base_url(base_url: str) -> str:
@@ -194,37 +261,22 @@ def checked_base_url(base_url: str) -> str:
     return str(url).rstrip("/")
 
 
-def _headers(response: httpx.Response) -> httpx.Headers:
+def _headers(response: aiohttp.ClientResponse) -> dict[str, str]:
     """Upstream's headers, without what no longer holds when it compressed although asked not to."""
-    headers = response.headers.copy()
+    headers: dict[str, str] = {}
+    for name, value in response.headers.items():
+        name = name.lower()
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if headers.get("content-encoding", "identity") != "identity":
         del headers["content-encoding"]
         headers.pop("content-length", None)
     return headers
 
 
-async def _chunks(response: httpx.Response) -> AsyncIterator[bytes]:
-    failure: UpstreamError | None = None
-    try:
-        async for chunk in response.aiter_bytes():
-            yield chunk
-    except _FAULTS as fault:
-        failure = _failure(fault, nothing_received=False)
-    if failure is not None:
-        raise failure
-
-
-async def _close(response: httpx.Response) -> None:
-    with suppress(*_FAULTS):
-        await response.aclose()
-
-
 def _failure(fault: BaseException, *, nothing_received: bool) -> UpstreamError:
-    """The error by its cause under the transport's mapping, which calls a lost connection a timeout."""
-    cause = fault if isinstance(fault, (TimeoutError, *_PROXY_FAULTS)) else fault.__cause__ or fault
-    reason = type(cause).__name__
-    if isinstance(cause, TimeoutError | ProxyTimeoutError):
+    reason = type(fault).__name__
+    if isinstance(fault, TimeoutError | ProxyTimeoutError):
         return UpstreamTimeout(f"upstream took too long ({reason})", nothing_received=nothing_received)
-    if isinstance(cause, _NO_CONNECTION):
+    if isinstance(fault, _NO_CONNECTION):
         return UpstreamUnreachable(f"no connection to upstream ({reason})", nothing_received=True)
     return UpstreamProtocolError(f"upstream broke off ({reason})", nothing_received=nothing_received)

@@ -9,8 +9,6 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-import httpx
-
 from services.relay import sse
 from services.relay.upstream import COUNT_TOKENS_PATH, UpstreamAnswer, UpstreamRequest, encode_body
 from services.relay.upstream.demo_model import Reply, input_tokens, reply
@@ -30,14 +28,14 @@ class DemoUpstream:
         problem = _problem(request)
         if problem is not None:
             error = {"type": "invalid_request_error", "message": problem}
-            return _answer(400, "application/json", _once({"type": "error", "error": error}))
+            return _Answer(400, "application/json", _once({"type": "error", "error": error}))
         if request.path == COUNT_TOKENS_PATH:
-            return _answer(200, "application/json", _once({"input_tokens": input_tokens(request.body)}))
+            return _Answer(200, "application/json", _once({"input_tokens": input_tokens(request.body)}))
         message, model_reply = _message(request.body), reply(request.body)
         if request.stream:
             chunks = self._paced(_events(message, model_reply))
-            return _answer(200, "text/event-stream; charset=utf-8", chunks)
-        return _answer(200, "application/json", _once(_whole(message, model_reply)))
+            return _Answer(200, "text/event-stream; charset=utf-8", chunks)
+        return _Answer(200, "application/json", _once(_whole(message, model_reply)))
 
     async def models(self) -> list[dict[str, Any]]:
         """It has one, whatever name it is asked by."""
@@ -50,12 +48,18 @@ class DemoUpstream:
             yield sse.format_event(name, {"type": name, **data})
 
 
-def _answer(status: int, content_type: str, chunks: AsyncIterator[bytes]) -> UpstreamAnswer:
-    async def aclose() -> None:
-        return
+class _Answer(UpstreamAnswer):
+    __slots__ = ("_chunks",)
 
-    headers = httpx.Headers({"content-type": content_type, "request-id": f"req_demo_{uuid.uuid4().hex}"})
-    return UpstreamAnswer(status, headers, chunks, aclose)
+    def __init__(self, status: int, content_type: str, chunks: AsyncIterator[bytes]) -> None:
+        super().__init__(status, {"content-type": content_type, "request-id": f"req_demo_{uuid.uuid4().hex}"})
+        self._chunks = chunks
+
+    async def chunk(self) -> bytes:
+        return await anext(self._chunks, b"")
+
+    async def aclose(self) -> None:
+        return
 
 
 async def _once(value: Any) -> AsyncIterator[bytes]:

@@ -2,11 +2,10 @@
 
 from collections.abc import AsyncIterator, Iterator
 
-import httpx
 import pytest
 from hypothesis import settings
 
-from services.relay.upstream.anthropic import create_client
+from services.relay.upstream.anthropic import Client, create_client
 from tests.upstream.client import TestUpstream
 
 settings.register_profile("unit", deadline=None)  # a busy machine is no failure
@@ -26,6 +25,6 @@ def upstream(upstream_process: TestUpstream) -> TestUpstream:
 
 
 @pytest.fixture
-async def client() -> AsyncIterator[httpx.AsyncClient]:
+async def client() -> AsyncIterator[Client]:
     async with create_client() as client:
         yield client

@@ -3,13 +3,12 @@
 import itertools
 import re
 import time
-from collections.abc import AsyncIterator
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from services.relay.sse import Event, EventTooLarge, Splitter, events, format_event
+from services.relay.sse import Event, Events, EventTooLarge, Splitter, format_event
 
 
 def split(stream: bytes, cuts: list[int] | None = None) -> list[Event]:
@@ -118,11 +117,14 @@ def test_a_large_event_in_small_chunks_costs_its_bytes(end: bytes) -> None:
 
 
 async def test_events_of_a_body() -> None:
-    async def chunks() -> AsyncIterator[bytes]:
-        for chunk in (b"data: 1\n", b"\ndata", b": 2"):
-            yield chunk
+    chunks = [b"data: 1\n", b"\ndata", b": 2", b""]
 
-    assert [event.data async for event in events(chunks())] == [b"1", b"2"]
+    async def read() -> bytes:
+        return chunks.pop(0)
+
+    events = Events(read)
+    assert [event.data async for event in events] == [b"1", b"2"]
+    assert [event async for event in events] == []  # and nothing is read again
 
 
 def test_format_event() -> None:
