@@ -6,16 +6,25 @@ out as it comes.
 
 import os
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
+import aiohttp
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
-from shared.http_client import http_client
+from shared import http_client
 
-app = FastAPI()
-client = http_client(read_seconds=60, connect_seconds=5)
 url = os.environ["UPSTREAM_URL"] + "/v1/messages"
+
+
+@asynccontextmanager
+async def _client(app: FastAPI) -> AsyncIterator[None]:
+    async with http_client.session() as app.state.client:
+        yield
+
+
+app = FastAPI(lifespan=_client)
 
 
 @app.get("/ready")
@@ -27,20 +36,18 @@ async def ready() -> dict[str, bool]:
 async def messages(request: Request) -> Response:
     headers = {name: request.headers[name] for name in ("x-api-key", "anthropic-version", "content-type")}
     body = await request.body()
+    client: aiohttp.ClientSession = request.app.state.client
     if b'"stream":true' not in body:
-        answer = await client.post(url, content=body, headers=headers)
-        return Response(answer.content, answer.status_code, media_type=answer.headers["content-type"])
-    asked = client.build_request("POST", url, content=body, headers=headers)
-    streamed = await client.send(asked, stream=True)
+        async with client.post(url, data=body, headers=headers) as answer:
+            return Response(await answer.read(), answer.status, media_type=answer.headers["content-type"])
+    streamed = await client.post(url, data=body, headers=headers)
 
     async def pieces() -> AsyncIterator[bytes]:
-        try:
-            async for piece in streamed.aiter_raw():
+        async with streamed:
+            async for piece in streamed.content.iter_any():
                 yield piece
-        finally:
-            await streamed.aclose()
 
-    return StreamingResponse(pieces(), streamed.status_code, media_type=streamed.headers["content-type"])
+    return StreamingResponse(pieces(), streamed.status, media_type=streamed.headers["content-type"])
 
 
 if __name__ == "__main__":

@@ -71,15 +71,21 @@ def completion(
 
 
 def _message(blocks: list[Block], metadata: dict[str, Any]) -> wire.NewMessage:
-    kept, replaced = storable([_fit(block) for block in blocks])
-    metadata = metadata | (REPLACED if replaced else {})
-    message_id = str(uuid7())
+    kept, replaced = storable(blocks)
     try:
-        return wire.NewMessage(role="assistant", content=kept, metadata=metadata or None, message_id=message_id)
+        return _new_message(kept, metadata | (REPLACED if replaced else {}))
+    except ValidationError:
+        kept, replaced = storable([_fit(block) for block in blocks])
+    metadata = metadata | (REPLACED if replaced else {})
+    try:
+        return _new_message(kept, metadata)
     except ValidationError:  # each block fits, all together are over the limit
         text = "".join(str(block["text"]) for block in kept if block["type"] == "text")[:_CUT_CHARACTERS]
-        cut: list[Block] = [{"type": "text", "text": text}]
-        return wire.NewMessage(role="assistant", content=cut, metadata=metadata | CUT, message_id=message_id)
+        return _new_message([{"type": "text", "text": text}], metadata | CUT)
+
+
+def _new_message(blocks: list[Block], metadata: dict[str, Any]) -> wire.NewMessage:
+    return wire.NewMessage(role="assistant", content=blocks, metadata=metadata or None, message_id=str(uuid7()))
 
 
 def _of_partial(blocks: list[Block]) -> list[Block]:

@@ -4,8 +4,7 @@ Its one invariant: what runs outside of `watched` is never cut off in the middle
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from types import TracebackType
 
 from services.relay.errors import Interrupted
 
@@ -15,25 +14,41 @@ class Interruption:
 
     def __init__(self) -> None:
         self.is_set = False
-        self._watched: asyncio.Timeout | None = None
+        self.timeout: asyncio.Timeout | None = None
+        """Of what is being watched."""
 
     def set(self) -> None:
-        if self._watched is not None and not self.is_set:
-            self._watched.reschedule(asyncio.get_running_loop().time())
+        if self.timeout is not None and not self.is_set:
+            self.timeout.reschedule(asyncio.get_running_loop().time())
         self.is_set = True
 
-    @asynccontextmanager
-    async def watched(self) -> AsyncIterator[None]:
-        """Raises Interrupted as soon as it is set; whatever runs inside is cancelled."""
-        if self.is_set:
+    def watched(self) -> "_Watch":
+        """`async with` it: raises Interrupted as soon as it is set; whatever runs inside is cancelled."""
+        return _Watch(self)
+
+
+class _Watch:
+    """No generator: a stream would hold its frame for as long as it runs."""
+
+    __slots__ = ("_interruption", "_timeout")
+
+    def __init__(self, interruption: Interruption) -> None:
+        self._interruption = interruption
+        self._timeout = asyncio.timeout(None)
+
+    async def __aenter__(self) -> None:
+        if self._interruption.is_set:
             raise Interrupted
-        self._watched = asyncio.timeout(None)
+        await self._timeout.__aenter__()
+        self._interruption.timeout = self._timeout
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._interruption.timeout = None
         try:
-            async with self._watched:
-                yield
-        except TimeoutError:
-            if self.is_set:
-                raise Interrupted from None
-            raise
-        finally:
-            self._watched = None
+            await self._timeout.__aexit__(kind, error, trace)
+        except TimeoutError as passed:
+            error = passed
+        if isinstance(error, TimeoutError):
+            raise (Interrupted if self._interruption.is_set else error) from None

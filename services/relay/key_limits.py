@@ -31,6 +31,7 @@ GIVE_BACK_SECONDS: Final = 5
 _DAY_SECONDS: Final = 86_400.0
 _BUSY_SECONDS: Final = 1.0
 _AGAIN_SECONDS: Final = 1.0
+_TOGETHER_SECONDS: Final = 0.1
 _SETTLE_SECONDS: Final = 2.0
 _TRIES: Final = 5
 _PAUSES_SECONDS: Final = (0.02, 0.05, 0.1, 0.2, 0.3)
@@ -159,12 +160,13 @@ class KeyLimits:
         self._news.set()
 
     async def keep_saving(self) -> None:
-        """Writes what keys without limits have used, for ever, as soon as the database takes it."""
+        """Writes what keys without limits have used, for ever: at once, and what comes soon after that together."""
         while True:
             await self._news.wait()
             self._news.clear()
             try:
                 await self.save()
+                await asyncio.sleep(_TOGETHER_SECONDS)  # one commit for what many requests have used
             except DatabaseUnavailable:
                 await asyncio.sleep(_AGAIN_SECONDS)
                 self._news.set()

@@ -18,7 +18,6 @@ import structlog
 from services.relay import (
     answers,
     history,
-    leases,
     once,
     outcomes,
     prompt,
@@ -36,6 +35,7 @@ from services.relay.history import Opened
 from services.relay.idempotency import Replay
 from services.relay.interruption import Interruption
 from services.relay.key_limits import Used
+from services.relay.leases import Lease
 from services.relay.once import Once
 from services.relay.outcomes import Ended
 from services.relay.parts import Caller, Parts, Reply
@@ -151,8 +151,7 @@ class Turn:
             if began is not None:
                 opening = replace(opening, earlier=began.earlier, announce=began.opening)
             opened = await self._opened(opening, held, wait_seconds=max(0.0, deadline - monotonic()))
-            lease = asyncio.create_task(leases.keep(parts.sessions, opened, parts.settings.relay_lease_seconds))
-            held.callback(lease.cancel)
+            held.callback(Lease(parts.sessions, opened, parts.settings.relay_lease_seconds).let_go)
             yield opened
 
     async def _opened(self, opening: history.Opening, held: AsyncExitStack, *, wait_seconds: float) -> Opened:

@@ -6,7 +6,7 @@ Its one invariant: a turn hears of it, once, when its client goes, before the an
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -69,7 +69,7 @@ async def reply_of(turn: Turn, request: Request, *, ping_seconds: float) -> Resp
         return end
     content = seen.reply.content
     if isinstance(content, Pipe):
-        return EventStream(_pieces(content, ping_seconds), seen, headers=seen.reply.headers)
+        return EventStream(_Pieces(content, ping_seconds), seen, headers=seen.reply.headers)
     return seen.plain(content, {"request-id": request.state.request_id} | seen.reply.headers)
 
 
@@ -85,9 +85,23 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> 
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _pieces(pipe: Pipe, ping_seconds: float) -> AsyncIterator[bytes]:
-    while (piece := await pipe.get(ping_seconds)) != b"":
-        yield PING if piece is None else piece
+class _Pieces:
+    """What comes through a pipe, and pings where nothing does; no generator, because a stream would hold its frame."""
+
+    __slots__ = ("_ping_seconds", "_pipe")
+
+    def __init__(self, pipe: Pipe, ping_seconds: float) -> None:
+        self._pipe = pipe
+        self._ping_seconds = ping_seconds
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        piece = await self._pipe.get(self._ping_seconds)
+        if piece == b"":
+            raise StopAsyncIteration
+        return PING if piece is None else piece
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -108,6 +122,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            self.raw_headers = []  # they are sent, and the stream may run for minutes
             async for piece in self._pieces:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
