@@ -13,7 +13,7 @@ RATES = (50, 100, 200)
 _CLOSED_CONNECTIONS = 16
 _LONG_STREAM_EVENTS = 60
 _EVENT_DELAY_MS = 20
-_STREAMS_AT_ONCE = 10
+_STREAMS_A_SECOND = 7
 _HELD_EVENT_DELAY_MS = 500
 
 
@@ -46,7 +46,7 @@ def streams(stack: Stack) -> Findings:
     ways = shared(stack)
     ways.warm()
     ways.upstream.script(_paced("long-stream", _EVENT_DELAY_MS))
-    plan: dict[str, Any] = {"workers": _STREAMS_AT_ONCE, "seconds": stack.pace.seconds}
+    plan: dict[str, Any] = {"workers": 64, "seconds": stack.pace.seconds, "rate": _STREAMS_A_SECOND}
     plan |= {"events": _LONG_STREAM_EVENTS, "model": "long-stream"}
     ours, theirs = [], []
     for _ in range(stack.pace.rounds):
