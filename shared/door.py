@@ -57,7 +57,7 @@ class Door:
     """Gives each request its id, guards its body, measures and logs it, and catches what nobody else caught.
 
     `admit` raises a ServiceError for a request that must not come in. `render` makes the answer of an error, in
-    the words of the service's protocol.
+    the words of the service's protocol. While `is_leaving` each answer asks its client to connect anew, elsewhere.
     """
 
     def __init__(
@@ -68,12 +68,14 @@ class Door:
         duration: Histogram,
         admit: Callable[[Scope], None] = lambda scope: None,
         render: Callable[[ServiceError, Scope], ASGIApp] = lambda error, scope: error_answer(error),
+        is_leaving: Callable[[], bool] = lambda: False,
     ) -> None:
         self._app = app
         self._rules = rules
         self._duration = duration
         self._admit = admit
         self._render = render
+        self._is_leaving = is_leaving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -84,7 +86,7 @@ class Door:
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
         body = _Body(receive, self._rules, unlimited=scope["path"] in self._rules.unlimited_paths)
-        reply = _Reply(send, request_id, body)
+        reply = _Reply(send, request_id, body, self._is_leaving)
         started_at = perf_counter()
         try:
             _require_utf8(scope)
@@ -189,10 +191,11 @@ class _Body:
 class _Reply:
     """The answer on its way out; status 499 where the client left before there was one."""
 
-    def __init__(self, send: Send, request_id: str, body: _Body) -> None:
+    def __init__(self, send: Send, request_id: str, body: _Body, is_leaving: Callable[[], bool]) -> None:
         self._send = send
         self._request_id = request_id
         self._body = body
+        self._is_leaving = is_leaving
         self.started = False
         self.status = CLIENT_GONE
 
@@ -202,8 +205,9 @@ class _Reply:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers.setdefault("x-request-id", self._request_id)
-            if self._body.refused:
-                headers["connection"] = "close"  # what is left of the body must not be taken for a request
+            # What is left of a refused body must not be taken for a request.
+            if self._body.refused or self._is_leaving():
+                headers["connection"] = "close"
         elif self._body.refused and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
             await self._body.linger()

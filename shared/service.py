@@ -10,7 +10,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from starlette.types import ASGIApp
 
 from shared.discovery import Consul, Registration
-from shared.header_deadline import deadline_protocol
+from shared.http_protocol import protocol
 from shared.settings import SharedSettings
 
 log = structlog.get_logger(__name__)
@@ -50,6 +50,34 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield  # signals are ours
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Lets in who stands in line when the port closes: to their knowledge they are connected.
+
+        The loop takes in one at a time, and closing the port would reset all others.
+        """
+        in_line = [each for bound in sockets or [] for each in _accepted(bound, self.config.backlog)]
+        for server in self.servers:
+            server.close()
+        for each in in_line:
+            with suppress(OSError):  # it may have left again
+                await asyncio.get_running_loop().connect_accepted_socket(self._connection, each)
+        await super().shutdown(sockets)
+
+    def _connection(self) -> asyncio.Protocol:
+        kind: Any = self.config.http_protocol_class
+        made: asyncio.Protocol = kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        return made
+
+
+def _accepted(bound: socket.socket, most: int) -> Iterator[socket.socket]:
+    """Those who have connected to this port and wait to be taken in."""
+    bound.setblocking(False)
+    for _ in range(most):
+        try:
+            yield bound.accept()[0]
+        except OSError:
+            return
 
 
 def read_settings(kind: type[Settings], name: str) -> Settings:
@@ -91,7 +119,7 @@ def run(
     config = uvicorn.Config(
         app,
         ws="websockets-sansio",
-        http=deadline_protocol(settings.header_timeout_seconds),
+        http=protocol(settings.header_timeout_seconds),
         log_config=None,
         access_log=False,
         server_header=False,

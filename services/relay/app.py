@@ -113,6 +113,7 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
         admit=check_path,
         # What is refused at the door is told to pages as well.
         render=lambda error, scope: _for_pages(render(error, scope), settings),
+        is_leaving=lambda: lifecycle.draining,
     )
 
 

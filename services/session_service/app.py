@@ -67,6 +67,7 @@ def create_app(settings: SessionServiceSettings, database: Database, lifecycle: 
         rules=BodyRules(settings.limits.body_bytes, settings.body_timeout_seconds, frozenset({transfer.IMPORT_PATH})),
         duration=metrics.duration,
         admit=_admission(settings),
+        is_leaving=lambda: lifecycle.draining,
     )
 
 

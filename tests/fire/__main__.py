@@ -45,7 +45,7 @@ SCENARIOS: dict[str, tuple[str, Scenario]] = {
     "rights": ("every route by every kind of caller", lambda report, _: _in_world(report, rights.run)),
     "rolling": (
         "instances restarted one after the other under load",
-        lambda report, _: operations.run_rolling(report, clients=32),
+        lambda report, told: operations.run_rolling(report, clients=32, seed=told.seed),
     ),
     "clocks": ("clocks that jump by an hour", lambda report, _: operations.run_clocks(report)),
     "disk": ("no room for the spool", lambda report, _: operations.run_full_disk(report)),

@@ -92,6 +92,7 @@ async def _body(reader: asyncio.StreamReader, headers: Mapping[str, str], status
         while size := int(await reader.readuntil(b"\r\n"), 16):
             body += await reader.readexactly(size)
             await reader.readexactly(2)
+        await reader.readexactly(2)
         return body
     if "content-length" in headers:
         return await reader.readexactly(int(headers["content-length"]))
