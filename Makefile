@@ -40,7 +40,8 @@ test: ## run all tests
 fire: setup ## break things and see what holds; ARGS="kill --kills 60 --seed 1", ARGS=--help
 	@$(VENV)/bin/python -m tests.fire $(ARGS)
 
-torture: fire
+torture: setup ## the same in about five minutes, side by side; ARGS="--minutes N --seed S"
+	@$(VENV)/bin/python -m tests.fire --minutes 5 $(ARGS)
 
 ci: ## run everything that must pass: checks and tests
 	@.ci/run

@@ -87,7 +87,7 @@ class Protocol(HttpToolsProtocol):
         uvicorn would close it at once, under a request on its way, and after an answer that did not say so.
         """
         self._is_last_call = True
-        self.timeout_keep_alive = _LAST_CALL_SECONDS  # after an answer that has begun
+        self.timeout_keep_alive = _LAST_CALL_SECONDS  # type: ignore[assignment]  # after an answer that has begun
         if not self._is_answering():
             self._unset_keepalive_if_required()
             self.timeout_keep_alive_task = self.loop.call_later(_LAST_CALL_SECONDS, self.timeout_keep_alive_handler)

@@ -7,101 +7,189 @@ import argparse
 import asyncio
 import random
 import sys
+import tempfile
 import traceback
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from shared import embedded_postgres
+from tests.conftest import migrate
 from tests.fire import cuts, flood, hostile, kill, leaks, operations, rights, slow
 from tests.fire.report import Report
-from tests.fire.world import World, world
+from tests.fire.world import world
 
-Scenario = Callable[[Report, argparse.Namespace], Awaitable[None]]
+
+@dataclass(frozen=True)
+class Size:
+    """How much of it there is; `cases` are those of hostile for each service, 0: all, `parts` those restarted.
+
+    `examples`: how many schemathesis makes up for each call, 0: it does not run.
+    `in_a_hurry`: what a killed or cut-off part held is not waited for. `migrated` is a Postgres to copy.
+    """
+
+    migrated: Path
+    seed: int
+    clients: int = 32
+    kills: int = 60
+    kill_seconds: float = 0
+    cut_seconds: float = 60
+    flood_seconds: float = 60
+    idle: int = 10_000
+    cases: int = 0
+    examples: int = 20
+    parts: int = 4
+    in_a_hurry: bool = False
+
+    def within(self, minutes: float) -> "Size":
+        """So much as takes about so long, with scenarios side by side."""
+        is_short = minutes < 3
+        return replace(
+            self,
+            clients=12 if is_short else 32,
+            kills=max(1, round(12 * minutes)),
+            cut_seconds=max(1, 15 * minutes - 10),
+            flood_seconds=max(1, min(60, 15 * minutes - 10)),
+            idle=min(10_000, round(2_000 * minutes)),
+            cases=round(500 * minutes) if is_short else 0,
+            examples=0 if is_short else 20,
+            parts=2 if is_short else 4,
+            in_a_hurry=is_short,
+        )
+
+
+Scenario = Callable[[Report, Size], Awaitable[None]]
+
+
+async def _kill(report: Report, size: Size) -> None:
+    await kill.run(
+        report,
+        clients=size.clients,
+        kills=size.kills,
+        seconds=size.kill_seconds,
+        seed=size.seed,
+        in_a_hurry=size.in_a_hurry,
+        migrated=size.migrated,
+    )
+
+
+async def _cuts(report: Report, size: Size) -> None:
+    await cuts.run(report, seconds=size.cut_seconds, seed=size.seed, in_a_hurry=size.in_a_hurry, migrated=size.migrated)
+
+
+async def _hostile(report: Report, size: Size) -> None:
+    async with world(migrated=size.migrated) as made:
+        await hostile.run(report, made, at_most=size.cases, seed=size.seed, examples=size.examples)
+
+
+async def _rights(report: Report, size: Size) -> None:
+    async with world(migrated=size.migrated) as made:
+        await rights.run(report, made)
+
+
+async def _rolling(report: Report, size: Size) -> None:
+    order = ("store-0", "relay-0", "store-1", "relay-1")[: size.parts]
+    await operations.run_rolling(report, clients=size.clients, seed=size.seed, order=order, migrated=size.migrated)
+
 
 SCENARIOS: dict[str, tuple[str, Scenario]] = {
-    "kill": (
-        "every part killed at random while clients write and ask",
-        lambda report, told: kill.run(report, kills=told.kills, seconds=told.seconds, seed=told.seed),
-    ),
-    "cuts": (
-        "links that stall, reset and cut, above all after the work is done",
-        lambda report, told: cuts.run(report, seconds=told.seconds or 60, seed=told.seed),
-    ),
-    "hostile": (
-        "ten thousand requests that nobody should send, and calls made up from the descriptions",
-        lambda report, told: _in_world(report, lambda report, made: hostile.run(report, made, seed=told.seed)),
-    ),
+    "kill": ("every part killed at random while clients write and ask", _kill),
+    "cuts": ("links that stall, reset and cut, above all after the work is done", _cuts),
+    "hostile": ("ten thousand requests that nobody should send, and calls made up from the descriptions", _hostile),
     "flood": (
         "ten times what relay is set to serve, and a crowd at the store",
-        lambda report, told: flood.run(report, seconds=told.seconds or 60),
+        lambda report, size: flood.run(report, seconds=size.flood_seconds, migrated=size.migrated),
     ),
     "slow": (
-        "slow and broken clients, and 10,000 idle connections",
-        lambda report, told: slow.run(report, idle=told.idle),
+        "slow and broken clients, and thousands of idle connections",
+        lambda report, size: slow.run(report, idle=size.idle, migrated=size.migrated),
     ),
     "secrets": (
         "everything that has a secret fails, then it is looked for everywhere",
-        lambda report, _: leaks.run(report),
+        lambda report, size: leaks.run(report, migrated=size.migrated),
     ),
-    "rights": ("every route by every kind of caller", lambda report, _: _in_world(report, rights.run)),
-    "rolling": (
-        "instances restarted one after the other under load",
-        lambda report, told: operations.run_rolling(report, clients=32, seed=told.seed),
+    "rights": ("every route by every kind of caller", _rights),
+    "rolling": ("instances restarted one after the other under load", _rolling),
+    "clocks": (
+        "clocks that jump by an hour",
+        lambda report, size: operations.run_clocks(report, migrated=size.migrated),
     ),
-    "clocks": ("clocks that jump by an hour", lambda report, _: operations.run_clocks(report)),
-    "disk": ("no room for the spool", lambda report, _: operations.run_full_disk(report)),
+    "disk": ("no room for the spool", lambda report, size: operations.run_full_disk(report, migrated=size.migrated)),
 }
-
-
-async def _in_world(report: Report, run: Callable[[Report, World], Awaitable[None]]) -> None:
-    async with world() as made:
-        await run(report, made)
+LANES = (("kill", "flood", "hostile", "rights", "secrets"), ("rolling", "clocks", "disk", "cuts", "slow"))
+"""What goes on side by side where there are only so many minutes; each takes about as long as the other."""
 
 
 def _arguments() -> argparse.Namespace:
     listed = "\n".join(f"  {name:<9} {what}" for name, (what, _) in SCENARIOS.items())
     parser = argparse.ArgumentParser(
         prog="python -m tests.fire",
-        description="Starts the real stack, breaks things, and checks promises. Scenarios:\n" + listed,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Starts the real stack, breaks things, and checks promises. Scenarios:\n" + listed,
     )
     parser.add_argument("scenario", nargs="*", help="which ones, in this order; none: all of them")
-    parser.add_argument("--seconds", type=float, default=0, help="how long kill, cuts and flood last, each")
-    parser.add_argument("--minutes", type=float, default=0, help="the same in minutes")
-    parser.add_argument("--kills", type=int, default=60, help="kills of a kill run, at least (default: %(default)s)")
+    parser.add_argument("--without", action="append", default=[], metavar="SCENARIO", help="all but this one")
+    parser.add_argument("--minutes", type=float, help="about so long in all, with scenarios side by side")
+    parser.add_argument("--seconds", type=float, help="how long kill, cuts and flood last, each")
+    parser.add_argument("--kills", type=int, help="kills of a kill run, at least (60, or 12 a minute)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of all that is random")
-    parser.add_argument("--idle", type=int, default=10_000, help="idle connections of slow (default: %(default)s)")
+    parser.add_argument("--idle", type=int, help="idle connections of slow (10000, or 2000 a minute)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
     told = parser.parse_args()
-    told.seconds = told.seconds or told.minutes * 60
-    told.scenario = told.scenario or list(SCENARIOS)
-    if unknown := set(told.scenario) - set(SCENARIOS):
+    if told.minutes is not None and told.minutes <= 0:
+        parser.error("--minutes must be above 0")
+    if unknown := {*told.scenario, *told.without} - set(SCENARIOS):
         parser.error(f"no such scenario: {', '.join(sorted(unknown))}")
+    told.scenario = [name for name in told.scenario or SCENARIOS if name not in told.without]
     return told
 
 
-async def _run(told: argparse.Namespace, report: Report) -> None:
-    for name in told.scenario:
-        try:
-            with report.of(name):
-                report.say(SCENARIOS[name][0])
-                await SCENARIOS[name][1](report, told)
-        except Exception:
-            traceback.print_exc()
+def _size(told: argparse.Namespace, migrated: Path) -> Size:
+    size = Size(migrated, told.seed)
+    if told.minutes is not None:
+        size = size.within(told.minutes)
+    if told.seconds is not None:
+        size = replace(size, kill_seconds=told.seconds, cut_seconds=told.seconds, flood_seconds=told.seconds)
+    if told.kills is not None:
+        size = replace(size, kills=told.kills)
+    return size if told.idle is None else replace(size, idle=told.idle)
+
+
+async def _run(told: argparse.Namespace, report: Report, size: Size) -> None:
+    async def one_by_one(names: list[str]) -> None:
+        for name in names:
+            try:
+                with report.of(name):
+                    report.say(SCENARIOS[name][0])
+                    await SCENARIOS[name][1](report, size)
+            except Exception:
+                traceback.print_exc()
+
+    if told.minutes is None:
+        await one_by_one(told.scenario)
+    else:
+        lanes = [[name for name in lane if name in told.scenario] for lane in LANES]
+        await asyncio.gather(*map(one_by_one, lanes))
 
 
 def main() -> int:
     told = _arguments()
     report = Report(seed=told.seed)
     print(f"seed {told.seed}", file=sys.stderr)
-    try:
-        asyncio.run(_run(told, report))
-    except KeyboardInterrupt:
-        report.violation("the scenario runs to its end", "interrupted")
+    with tempfile.TemporaryDirectory(prefix="fire-") as folder:
+        Path(folder).chmod(0o755)
+        migrated = Path(folder, "migrated")
+        try:
+            migrate(embedded_postgres.start(migrated))
+            embedded_postgres.stop(migrated)
+            asyncio.run(_run(told, report, _size(told, migrated)))
+        except KeyboardInterrupt:
+            report.violation("the scenario runs to its end", "interrupted")
     print(report.table())
     if told.json:
         told.json.write_text(report.as_json())
-    again = f"python -m tests.fire {' '.join(told.scenario)} --seed {told.seed}"
-    print("\nall promises were kept" if report.is_kept else f"\nBROKEN; the same again: {again}")
+    again = " ".join(sys.argv[1:] if "--seed" in sys.argv else [*sys.argv[1:], "--seed", str(told.seed)])
+    print("\nall promises were kept" if report.is_kept else f"\nBROKEN; the same again: python -m tests.fire {again}")
     return 0 if report.is_kept else 1
 
 

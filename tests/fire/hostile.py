@@ -133,9 +133,10 @@ FULL: dict[tuple[str, str], Json] = {
 
 
 async def run(report: Report, made: World, *, at_most: int = 0, seed: int = 0, examples: int = 20) -> None:
-    """All cases, or so many of them chosen by the seed; then schemathesis."""
+    """All cases, or so many of them chosen by the seed; then schemathesis, so many examples a call."""
     await run_corpus(report, made, at_most=at_most, seed=seed)
-    await run_schemathesis(report, made, examples)
+    if examples:
+        await run_schemathesis(report, made, examples)
 
 
 async def run_corpus(report: Report, made: World, *, at_most: int = 0, seed: int = 0) -> None:

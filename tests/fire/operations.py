@@ -328,7 +328,7 @@ async def _check_told(report: Report, made: World) -> None:
 
 async def _store_away(made: World, user: User, *, stream: bool) -> httpx.Response:
     """An answer whose turn cannot be completed: the store is killed while upstream is at it."""
-    made.upstream.script({"delay_ms": 800, "event_delay_ms": 30})
+    made.upstream.script({"delay_ms": 2000, "event_delay_ms": 30})
     headers = {"x-api-key": user.key, "x-session-id": "stream" if stream else "plain"}
     body = {"model": MODEL, "max_tokens": 99, "messages": [{"role": "user", "content": "x"}], "stream": stream}
     asking = asyncio.create_task(made.http.post(f"{made.relay()}/v1/messages", json=body, headers=headers))

@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 _SHOWN = 8
+_scenario: ContextVar[str] = ContextVar("scenario", default="")
 
 
 @dataclass
@@ -33,19 +35,25 @@ class Report:
     def __init__(self, *, seed: int = 0, quiet: bool = False) -> None:
         self.seed = seed
         self.promises: dict[tuple[str, str], Promise] = {}
-        self.scenario = ""
         self._quiet = quiet
         self._began = time.monotonic()
+
+    @property
+    def scenario(self) -> str:
+        """The one that is running here; others may be running beside it."""
+        return _scenario.get()
 
     @contextmanager
     def of(self, scenario: str) -> Iterator[None]:
         """What is reported while inside belongs to this scenario; a crash of it is a violation, too."""
-        self.scenario = scenario
+        token = _scenario.set(scenario)
         try:
             yield
         except Exception as error:
             self.violation("the scenario runs to its end", f"{type(error).__name__}: {error}")
             raise
+        finally:
+            _scenario.reset(token)
 
     def promise(self, name: str) -> Promise:
         return self.promises.setdefault((self.scenario, name), Promise())
@@ -99,10 +107,11 @@ class Report:
             f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip()
             for a, b, c, d, e in rows
         ]
-        for name, seen in self.broken().items():
-            lines += [f"\n{name}:", *(f"  {each}" for each in seen[:_SHOWN])]
-            if len(seen) > _SHOWN:
-                lines.append(f"  … and {len(seen) - _SHOWN} more")
+        for (scenario, name), promise in self.promises.items():
+            if not promise.is_kept:
+                seen = promise.violations or ["never tried"]
+                lines += [f"\n{scenario}: {name}:", *(f"  {each}" for each in seen[:_SHOWN])]
+                lines += [f"  … and {len(seen) - _SHOWN} more"] * (len(seen) > _SHOWN)
         return "\n".join(lines)
 
     def as_json(self) -> str:

@@ -309,6 +309,8 @@ class World:
 
     async def close(self) -> None:
         await self.http.aclose()
+        for name in self.parts:
+            self.kill(name)  # nothing of it is needed any more
         await asyncio.to_thread(self._started.close)
         await asyncio.to_thread(embedded_postgres.stop, self.postgres_dir)
 

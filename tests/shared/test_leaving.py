@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ KEPT, NEW = 100, 20
 
 
 @contextmanager
-def started(name: str, database_url: str, scratch: Path, **settings: str) -> Iterator[Process]:
+def started(name: str, database_url: str, scratch: Path, **settings: Any) -> Iterator[Process]:
     """The service; a relay with a session_service behind it."""
     with start_session_service(database_url, scratch, free_port(), **settings) as store:
         if name == "session_service":
