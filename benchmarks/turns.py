@@ -14,7 +14,7 @@ from benchmarks.load.store import TEXT, Turns
 from benchmarks.stack import Stack
 from benchmarks.statements import Recorder, Script, script_of
 from benchmarks.ways import shared
-from services.session_service import batches, completion, turns
+from services.session_service import batches, completion, opening
 from shared import wire
 
 _CONTEXT_MESSAGES = 20
@@ -51,7 +51,7 @@ def _script(url: str, user_id: str) -> Script:
         included = 0
         while abs(included - _CONTEXT_MESSAGES) > 1:  # windows have odd numbers of messages
             recorder.seen.clear()
-            opened = await turns.open_turn(recorder, user_id, "0", _OPENING, default_max_tokens=100_000)
+            opened = await opening.open_turn(recorder, user_id, "0", _OPENING, default_max_tokens=100_000)
             included = len(opened.context.messages)
             answer = _answer(opened.lease_token)
             await completion.complete(recorder.as_database(), user_id, "0", opened.turn_id, answer)

@@ -215,27 +215,38 @@ class Database(Conn):
             raise _translated(error) from error
 
     async def write(self, work: Callable[[Conn], Awaitable[T]]) -> T:
-        """Runs `work`, whose one statement is a transaction by itself."""
-        return await work(self)
+        """Runs `work`, whose statements are transactions by themselves, and only the last of them writes.
+
+        As with `transact`, it may run several times.
+        """
+        return await _again_if_wanted(lambda: work(self))
 
     async def transact(self, work: Callable[[Conn], Awaitable[T]]) -> T:
         """Runs `work` in one transaction and gives its value after the commit; raising rolls back.
 
         `work` may run several times, so it must not reach outside the database.
         """
-        for attempt in range(1, _TRANSACTION_TRIES + 1):
-            try:
-                async with (
-                    self._opened().acquire(timeout=self._timeout_seconds) as connection,
-                    connection.transaction(),
-                ):
-                    return await work(Conn(connection, self._compiled, self._schema))
-            except Exception as error:
-                if not _wants_again(error) or attempt == _TRANSACTION_TRIES:
-                    raise _translated(error) from error
-                log.info("transaction_again", attempt=attempt, error=type(error).__name__)
-                await asyncio.sleep(0.01 * attempt)
-        raise AssertionError("unreachable")
+
+        async def once() -> T:
+            async with (
+                self._opened().acquire(timeout=self._timeout_seconds) as connection,
+                connection.transaction(),
+            ):
+                return await work(Conn(connection, self._compiled, self._schema))
+
+        return await _again_if_wanted(once)
+
+
+async def _again_if_wanted(run: Callable[[], Awaitable[T]]) -> T:
+    for attempt in range(1, _TRANSACTION_TRIES + 1):
+        try:
+            return await run()
+        except Exception as error:
+            if not _wants_again(error) or attempt == _TRANSACTION_TRIES:
+                raise _translated(error) from error
+            log.info("transaction_again", attempt=attempt, error=type(error).__name__)
+            await asyncio.sleep(0.01 * attempt)
+    raise AssertionError("unreachable")
 
 
 def _wants_again(error: Exception) -> bool:

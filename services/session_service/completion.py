@@ -5,11 +5,12 @@ completion again changes nothing.
 """
 
 import hashlib
+from contextlib import suppress
 from decimal import Decimal
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy import bindparam, select
+from sqlalchemy import bindparam, func, literal_column, or_, select
 from sqlalchemy.dialects.postgresql import JSONB
 
 from services.session_service import messages, sessions, turns
@@ -17,24 +18,46 @@ from services.session_service.rewind import supersede
 from services.session_service.schema import session_messages
 from services.session_service.schema import session_turns as table
 from services.session_service.schema import sessions as _session
-from services.session_service.sessions import NOW, TOUCHED, Detail
+from services.session_service.sessions import NOW, Detail
 from shared import wire
-from shared.database import Conn, Writer
+from shared.database import Conn, Violation, Writer
 from shared.errors import LeaseLost, TurnClosed, TurnNotFound
 from shared.json import dumps
 
 # Claude's names of the token counts in a usage object; other numbers in there are no tokens.
 TOKEN_COUNTS = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
+_TOLD: Final = ("lease_token", "status", "stop_reason", "model", "usage", "cost_usd", "upstream", "error")
+
 _jsonb = JSONB(none_as_null=True)
+# Every statement that writes to a turn takes its session's row first. What the row had to wait for may have changed
+# it and the turn: Postgres then judges the conditions of both again, on what is there now.
+_held = (
+    select(_session.c.user_id, _session.c.session_id, _session.c.last_seq)
+    .where(
+        sessions.mine,
+        _session.c.latest_turn_id == bindparam("turn_id", type_=sa.Text),
+        or_(sessions.IS_HELD, sessions.expired.is_not(sa.true())),
+    )
+    .with_for_update(key_share=True)
+    .cte("held")
+)
+_first_seq, _last_seq = messages.span(_held.c.last_seq)
 _closed = (
     sa.update(table)
-    .where(turns.THIS)
+    .where(
+        turns.THIS,
+        table.c.session_id == _held.c.session_id,
+        table.c.completion_hash.is_(None),
+        # By their digests: how long that takes says nothing of the token.
+        func.sha256(func.convert_to(table.c.lease_token, literal_column("'UTF8'")))
+        == func.sha256(func.convert_to(bindparam("lease_token", type_=sa.Text), literal_column("'UTF8'"))),
+    )
     .values(
         status=bindparam("status", type_=sa.Text),
         closed_at=NOW,
-        output_from_seq=bindparam("output_from_seq", type_=sa.Integer),
-        output_to_seq=bindparam("output_to_seq", type_=sa.Integer),
+        output_from_seq=_first_seq,
+        output_to_seq=_last_seq,
         stop_reason=bindparam("stop_reason", type_=sa.Text),
         model=bindparam("model", type_=sa.Text),
         usage=bindparam("usage", type_=_jsonb),
@@ -46,11 +69,18 @@ _closed = (
     .returning(*turns.COLUMNS)
     .cte("closed")
 )
-CLOSE = (
+_advanced = (
     sa.update(_session)
     .where(sessions.mine, _session.c.session_id == _closed.c.session_id)
-    .values(**TOUCHED, lease_expires_at=sa.null())
-    .returning(*sessions.COLUMNS, *(column.label(f"turn_{column.name}") for column in _closed.c))
+    .values(**messages.COUNTED, **turns.MOVED, lease_expires_at=sa.null())
+    .returning(*sessions.COLUMNS, _session.c.last_seq)
+    .cte("advanced")
+)
+_turn = {f"turn_{column.name}": column for column in _closed.c}
+COMPLETE = (
+    select(*_advanced.c, *(column.label(name) for name, column in _turn.items()))
+    .select_from(_advanced.join(_closed, sa.true()))
+    .add_cte(messages.storing(_advanced, bindparam("turn_id", type_=sa.Text)).cte("stored"))
 )
 OUTPUT = (
     select(*messages.COLUMNS)
@@ -70,38 +100,70 @@ async def complete(
     A lease that has run out may still complete until another turn was opened. Raises LeaseLost after that or
     for a wrong token, TurnClosed for a second, different completion.
     """
-    completion_hash = hashlib.sha256(dumps(answer.model_dump(mode="json"))).digest()
-    drafts = _drafts(answer)
+    completion = _Completion(user_id, session_id, turn_id, answer)
+    if answer.status != "refused":
+        with suppress(_NotAtOnce, Violation):
+            return await writer.write(completion.at_once)
+    return await writer.transact(completion.step_by_step)
 
-    async def work(conn: Conn) -> wire.TurnCompleted:
-        locked = await sessions.lock(conn, user_id, session_id)
-        row = await turns.held(conn, locked, turn_id, answer.lease_token)
+
+class _NotAtOnce(Exception):
+    """Something is in the way, or was done before."""
+
+
+class _Completion:
+    def __init__(self, user_id: str, session_id: str, turn_id: str, answer: wire.CompleteTurn) -> None:
+        self._user_id = user_id
+        self._session_id = session_id
+        self._turn_id = turn_id
+        self._answer = answer
+        self._hash = hashlib.sha256(dumps(answer.model_dump(mode="json"))).digest()
+        self._drafts = _drafts(answer)
+
+    async def at_once(self, conn: Conn) -> wire.TurnCompleted:
+        """As nearly every turn is completed: by one statement, which finds all as it should be or does nothing."""
+        completed = await self._complete(conn, is_held=False)
+        if completed is None:
+            raise _NotAtOnce
+        return completed
+
+    async def step_by_step(self, conn: Conn) -> wire.TurnCompleted:
+        locked = await sessions.lock(conn, self._user_id, self._session_id)
+        row = await turns.held(conn, locked, self._turn_id, self._answer.lease_token)
         if row["completion_hash"] is not None:
-            if row["completion_hash"] != completion_hash:
+            if row["completion_hash"] != self._hash:
                 raise TurnClosed
             return await _completed(conn, locked, turns.from_row(row))
-        if locked.latest_turn_id != turn_id:
+        if locked.latest_turn_id != self._turn_id:
             raise LeaseLost
-        if answer.status == "refused" and row["input_from_seq"] is not None:
+        if self._answer.status == "refused" and row["input_from_seq"] is not None:
             await supersede(conn, locked, from_seq=row["input_from_seq"], to_seq=row["input_to_seq"])
-        stored = await messages.append_drafts(conn, user_id, session_id, drafts, turn_id=turn_id) or []
-        fields = ("status", "stop_reason", "model", "usage", "cost_usd", "upstream", "error")
-        closed = await conn.row(
-            CLOSE,
-            **locked.key,
-            turn_id=turn_id,
-            output_from_seq=stored[0].seq if stored else None,
-            output_to_seq=stored[-1].seq if stored else None,
-            completion_hash=completion_hash,
-            **{name: getattr(answer, name) for name in fields},
-        )
-        if closed is None:
+        completed = await self._complete(conn, is_held=True)
+        if completed is None:
             raise TurnNotFound  # its user is being erased
-        values = dict(closed.items())
-        turn = wire.Turn.model_construct(**{name: values.pop(f"turn_{name}") for name in wire.Turn.model_fields})
-        return wire.TurnCompleted.model_construct(turn=turn, messages=stored, session=sessions.from_values(values))
+        return completed
 
-    return await writer.transact(work)
+    async def _complete(self, conn: Conn, *, is_held: bool) -> wire.TurnCompleted | None:
+        row = await conn.row(
+            COMPLETE,
+            user_id=self._user_id,
+            session_id=self._session_id,
+            **messages.parameters(self._drafts),
+            **{name: getattr(self._answer, name) for name in _TOLD},
+            turn_id=self._turn_id,
+            completion_hash=self._hash,
+            is_held=is_held,
+        )
+        if row is None:
+            return None
+        values = dict(row.items())
+        turn = wire.Turn.model_construct(**{name: values.pop(f"turn_{name}") for name in wire.Turn.model_fields})
+        place = (values["user_id"], values["session_id"], values.pop("last_seq"), values["last_activity"])
+        return wire.TurnCompleted.model_construct(
+            turn=turn,
+            messages=messages.stored(self._drafts, *place),
+            session=sessions.from_values(values),
+        )
 
 
 def _drafts(answer: wire.CompleteTurn) -> list[messages.Draft]:

@@ -9,78 +9,25 @@ caches hit. Reading never moves it.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-import sqlalchemy as sa
-from sqlalchemy import and_, bindparam, select
-
 from services.session_service import memories, tokens
 from services.session_service.formats import to_format
-from services.session_service.messages import mine
+from services.session_service.messages import Draft
+from services.session_service.recent import Recent
 from services.session_service.repairs import Piece, Repaired, repair
-from services.session_service.schema import session_messages as table
 from services.session_service.sessions import Detail
 from services.session_service.window import Entry, Window, choose
 from shared import wire
-from shared.canonical import canonical_blocks, speaker
-from shared.database import Conn, Row
+from shared.canonical import canonical_blocks
+from shared.database import Conn
 from shared.errors import ContextTooSmall
 
 _SUMMARY_HEADING: Final = "Summary of the earlier conversation:\n"
 _MEMORIES_HEADING: Final = "Memories:\n"
 _MEMORIES_LIMIT: Final = 200
-_CHUNK: Final = 500
-
-_visible = and_(mine, table.c.superseded_at.is_(None))
-_is_system = table.c.role == sa.literal_column("'system'")
-
-_SIZE_COLUMNS = (table.c.seq, table.c.role, table.c.context_tokens, table.c.begins_window)
-ENTRIES = (
-    select(*_SIZE_COLUMNS)
-    .where(
-        _visible,
-        ~_is_system,
-        table.c.seq >= bindparam("from_seq", type_=sa.Integer),
-        table.c.seq < bindparam("below_seq", type_=sa.Integer),
-    )
-    .order_by(table.c.seq.desc())
-    .limit(bindparam("limit", type_=sa.Integer))
-)
-_CONTENT_COLUMNS = (
-    table.c.seq,
-    table.c.role,
-    table.c.content,
-    table.c.content_blocks,
-    table.c.context_tokens,
-    table.c.context_tokens_reported,
-)
-CONTENT = (
-    select(*_CONTENT_COLUMNS)
-    .where(_visible, ~_is_system, table.c.seq >= bindparam("from_seq", type_=sa.Integer))
-    .order_by(table.c.seq)
-)
-FIRST_VISIBLE = (
-    select(table.c.seq)
-    .where(
-        _visible,
-        ~_is_system,
-        table.c.seq >= bindparam("from_seq", type_=sa.Integer),
-        table.c.seq < bindparam("below_seq", type_=sa.Integer),
-    )
-    .order_by(table.c.seq)
-    .limit(1)
-)
-_first = ENTRIES.add_columns(sa.null().cast(sa.Text).label("content")).subquery("first")
-_system = (
-    select(*_SIZE_COLUMNS, table.c.content)
-    .where(_visible, _is_system)
-    .order_by(table.c.seq.desc())
-    .limit(_CHUNK)
-    .subquery("system")
-)
-# The newest messages' sizes and all of the system messages, in no order.
-BEGINNING = sa.union_all(select(*_first.c), select(*_system.c))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,30 +64,32 @@ class _System:
             self.tokens += part_tokens
 
 
-async def build(conn: Conn, locked: Detail, budget: Budget, *, moves: bool) -> tuple[wire.Context, int]:
+async def build(
+    conn: Conn, found: Detail, budget: Budget, *, moves: bool, ahead: Sequence[Draft] = ()
+) -> tuple[wire.Context, int]:
     """The context, and where its window starts; with `moves` a window over the budget takes its large step.
 
-    `moves` is for an opening turn. Raises ContextTooSmall when the newest user message cannot fit.
+    `moves` is for an opening turn, which is about to store what is `ahead`. Raises ContextTooSmall when the newest user
+    message cannot fit.
     """
-    entries, is_whole, system_rows = await _entries(conn, locked, budget)
+    recent = await Recent.read(conn, found, Window(budget.max_tokens, budget.max_messages), ahead)
+    entries, is_whole = recent.entries, recent.is_whole
     asked = next((entry for entry in reversed(entries) if entry.role == "user"), None)
     asked_tokens = asked.tokens if asked else 0
     if asked_tokens > budget.max_tokens:
         raise _too_small(asked_tokens, budget)
-    system = await _system_of(conn, locked, system_rows, budget, room_tokens=budget.max_tokens - asked_tokens)
+    system = await _system_of(conn, found, recent.system, budget, room_tokens=budget.max_tokens - asked_tokens)
     limits = Window(
         max_tokens=budget.max_tokens - system.tokens,
         max_messages=None if budget.max_messages is None else budget.max_messages - len(system.seqs),
     )
-    for start_seq, seqs in choose(entries, limits, locked.window_start_seq, is_whole=is_whole, moves=moves):
-        wanted = set(seqs)
-        rows = await conn.rows(CONTENT, **locked.key, from_seq=seqs[0]) if seqs else []
-        done = repair(_piece(row) for row in rows if row["seq"] in wanted)
+    for start_seq, seqs in choose(entries, limits, found.window_start_seq, is_whole=is_whole, moves=moves):
+        done = repair(await recent.pieces(seqs))
         used = sum(piece.tokens for piece in done.included) + sum(tokens.estimate([each]) for each in done.added)
         is_cut = not is_whole or len(seqs) < len(entries)
         answers = asked is None or any(piece.seq == asked.seq for piece in done.included)
         if used <= limits.max_tokens and (answers or not (moves and is_cut)):
-            left_out = await _left_out(conn, locked, entries, seqs, done, system)
+            left_out = await _left_out(recent, found, seqs, done, system)
             return _context(done, system, used, start_seq, left_out, budget), start_seq
     raise _too_small(_needed(entries, system), budget)
 
@@ -164,67 +113,22 @@ def _too_small(needed: int, budget: Budget) -> ContextTooSmall:
     )
 
 
-async def _entries(conn: Conn, locked: Detail, budget: Budget) -> tuple[list[Entry], bool, list[Row]]:
-    """Sizes of the newest messages, in order of seq, and whether they reach back to the window's start.
-
-    They reach as far as the budget does, and on to a message of the user's own. Third, the system messages, newest
-    first.
-    """
-    system: list[Row] = []
-    newest_first: list[Entry] = []
-    used = 0
-    below_seq = locked.last_seq + 1
-    limit = min(_CHUNK, (budget.max_messages or _CHUNK) + 1)
-    while True:
-        bounds = {"from_seq": locked.window_start_seq, "below_seq": below_seq, "limit": limit}
-        if newest_first:
-            rows = await conn.rows(ENTRIES, **locked.key, **bounds)
-        else:
-            found = await conn.rows(BEGINNING, **locked.key, **bounds)
-            found.sort(key=lambda row: row["seq"], reverse=True)
-            rows, system = (
-                [row for row in found if row["role"] != "system"],
-                [r for r in found if r["role"] == "system"],
-            )
-        for row in rows:
-            entry = Entry(row["seq"], speaker(row["role"]), row["context_tokens"], row["begins_window"])
-            newest_first.append(entry)
-            used += entry.tokens
-            is_over = used > budget.max_tokens or len(newest_first) > (budget.max_messages or len(newest_first))
-            if is_over and any(each.begins_window for each in newest_first):
-                return newest_first[::-1], False, system
-        if len(rows) < limit:
-            return newest_first[::-1], True, system
-        below_seq, limit = rows[-1]["seq"], _CHUNK
-
-
-def _piece(row: Row) -> Piece:
-    blocks = row["content_blocks"]
-    return Piece(
-        seq=row["seq"],
-        role=speaker(row["role"]),
-        content=row["content"] if blocks is None else blocks,
-        tokens=row["context_tokens"],
-        reported=row["context_tokens_reported"],
-    )
-
-
-async def _system_of(conn: Conn, locked: Detail, rows: list[Row], budget: Budget, *, room_tokens: int) -> _System:
+async def _system_of(conn: Conn, found: Detail, messages: list[Piece], budget: Budget, *, room_tokens: int) -> _System:
     """System messages, summary and memories, in this order of worth, as far as there is room."""
     system = _System([], 0, [], [])
     most = None if budget.max_messages is None else budget.max_messages - 1
-    for row in rows:
-        fits = system.tokens + row["context_tokens"] <= room_tokens and (most is None or len(system.seqs) < most)
+    for message in messages:
+        fits = system.tokens + message.tokens <= room_tokens and (most is None or len(system.seqs) < most)
         if fits:
-            system.parts.insert(0, row["content"])
-            system.seqs.insert(0, row["seq"])
-            system.tokens += row["context_tokens"]
+            system.parts.insert(0, str(message.content))
+            system.seqs.insert(0, message.seq)
+            system.tokens += message.tokens
         else:
-            system.left_out.append(wire.LeftOut(from_seq=row["seq"], to_seq=row["seq"], reason="budget"))
-    if locked.session.session_summary.strip():
-        system.add_if_fits(_SUMMARY_HEADING + locked.session.session_summary, room_tokens)
+            system.left_out.append(wire.LeftOut(from_seq=message.seq, to_seq=message.seq, reason="budget"))
+    if found.session.session_summary.strip():
+        system.add_if_fits(_SUMMARY_HEADING + found.session.session_summary, room_tokens)
     if budget.memories:
-        session = locked.session
+        session = found.session
         listed = await memories.list_memories(conn, session.user_id, session.session_id, limit=_MEMORIES_LIMIT)
         lines: list[str] = []
         for memory in listed.memories:
@@ -241,17 +145,16 @@ async def _system_of(conn: Conn, locked: Detail, rows: list[Row], budget: Budget
 
 
 async def _left_out(
-    conn: Conn, locked: Detail, entries: list[Entry], seqs: list[int], done: Repaired, system: _System
+    recent: Recent, found: Detail, seqs: list[int], done: Repaired, system: _System
 ) -> list[wire.LeftOut]:
     """What the context lacks of the visible history, in order of seq."""
     left_out = [*system.left_out, *done.left_out]
-    first_kept = seqs[0] if seqs else locked.last_seq + 1
-    bounds = {"from_seq": locked.first_seq, "below_seq": first_kept}
-    earlier = await conn.row(FIRST_VISIBLE, **locked.key, **bounds) if first_kept > locked.first_seq else None
+    first_kept = seqs[0] if seqs else recent.end_seq
+    earlier = await recent.first_before(first_kept) if first_kept > found.first_seq else None
     if earlier is not None:
-        left_out.append(wire.LeftOut(from_seq=earlier["seq"], to_seq=first_kept - 1, reason="before_window"))
+        left_out.append(wire.LeftOut(from_seq=earlier, to_seq=first_kept - 1, reason="before_window"))
     kept = set(seqs)
-    skipped = [entry.seq for entry in entries if entry.seq not in kept and entry.seq > first_kept]
+    skipped = [entry.seq for entry in recent.entries if entry.seq not in kept and entry.seq > first_kept]
     left_out += [wire.LeftOut(from_seq=start, to_seq=end, reason="budget") for start, end in _ranges(skipped)]
     return sorted(left_out, key=lambda each: each.from_seq)
 

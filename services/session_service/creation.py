@@ -41,7 +41,7 @@ _idle = bindparam("idle_timeout_seconds", type_=sa.Integer)
 _restarts = bindparam("restarts", type_=sa.Boolean)
 _EMPTY: ColumnElement[Any] = literal_column("'{}'::jsonb")
 
-CREATE = (
+NEW = (
     insert(table)
     .values(
         user_id=bindparam("user_id"),
@@ -56,8 +56,8 @@ CREATE = (
         expires_at=NOW + _idle * SECOND,
     )
     .on_conflict_do_nothing(index_elements=["user_id", "session_id"])
-    .returning(*COLUMNS)
 )
+CREATE = NEW.returning(*COLUMNS)
 
 # For a transaction that goes on with what it has made.
 CREATE_LOCKED = CREATE.returning(*DETAILS)
@@ -89,7 +89,7 @@ REVIVE = (
 )
 
 
-def _values(options: wire.SessionOptions) -> dict[str, Any]:
+def values(options: wire.SessionOptions) -> dict[str, Any]:
     return {
         "title": options.title,
         "metadata": options.metadata,
@@ -104,7 +104,7 @@ async def create(writer: Writer, new: wire.CreateSession) -> wire.Session:
     revives = new.if_exists in {"restart", "resume"}
 
     async def work(conn: Conn) -> wire.Session:
-        row = await conn.row(CREATE, user_id=new.user_id, session_id=session_id, **_values(new))
+        row = await conn.row(CREATE, user_id=new.user_id, session_id=session_id, **values(new))
         if row is not None:
             return from_row(row)
         if new.if_exists == "return":
@@ -132,7 +132,7 @@ async def find_or_create(
             raise
         if if_match is not None:
             if_match.require(None)
-        made = await conn.row(CREATE_LOCKED, user_id=user_id, session_id=session_id, **_values(options))
+        made = await conn.row(CREATE_LOCKED, user_id=user_id, session_id=session_id, **values(options))
         if made is not None:
             return detail_of(made)
         locked = await lock(conn, user_id, session_id)
@@ -160,4 +160,4 @@ async def revive(conn: Conn, locked: Detail, options: wire.SessionOptions) -> wi
     restarts = options.if_exists == "restart"
     if restarts:
         await supersede(conn, locked, from_seq=locked.first_seq)
-    return from_row(await conn.row(REVIVE, **locked.key, **_values(options), restarts=restarts))
+    return from_row(await conn.row(REVIVE, **locked.key, **values(options), restarts=restarts))

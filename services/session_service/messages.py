@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import ARRAY, and_, bindparam, func, insert, or_, select
+from sqlalchemy import ARRAY, Insert, and_, bindparam, case, func, insert, select
 from sqlalchemy.dialects.postgresql import JSON, JSONB
 from sqlalchemy.sql.elements import ColumnElement
 from uuid_utils import uuid7
@@ -69,38 +69,43 @@ _new = (
     .table_valued(*ARRAYS, with_ordinality="place", name="new")
     .render_derived()
 )
-_count = bindparam("count", type_=sa.Integer)
-# A turn's own writes come with the session locked and judged; everyone else needs it active and free.
-_in_turn = bindparam("in_turn", type_=sa.Boolean)
-_advanced = (
-    sa.update(_session)
-    .where(sessions.mine, or_(_in_turn, and_(active, lease_is_over)))
-    .values(
-        message_count=_session.c.message_count + _count,
-        last_seq=_session.c.last_seq + _count,
-        total_tokens=_session.c.total_tokens + bindparam("tokens", type_=sa.BigInteger),
-        total_cost=_session.c.total_cost + bindparam("cost", type_=sa.Numeric),
-        **TOUCHED,
-    )
-    .returning(_session.c.last_seq, _session.c.last_activity)
-    .cte("advanced")
-)
-_inserted = [*("user_id", "session_id", "turn_id", "created_at", "seq"), *ARRAYS]
-APPEND = (
-    insert(table)
-    .from_select(
-        _inserted,
+COUNT = bindparam("count", type_=sa.Integer)
+# What storing `parameters` of drafts sets in the session's row.
+COUNTED: dict[str, ColumnElement[Any]] = {
+    "message_count": _session.c.message_count + COUNT,
+    "last_seq": _session.c.last_seq + COUNT,
+    "total_tokens": _session.c.total_tokens + bindparam("tokens", type_=sa.BigInteger),
+    "total_cost": _session.c.total_cost + bindparam("cost", type_=sa.Numeric),
+}
+
+
+def span(last_seq: ColumnElement[int]) -> tuple[ColumnElement[int], ColumnElement[int]]:
+    """First and last seq of what is stored after `last_seq`; null where nothing is."""
+    return case((COUNT > 0, last_seq + 1)), case((COUNT > 0, last_seq + COUNT))
+
+
+def storing(advanced: sa.CTE, turn_id: ColumnElement[str] | None = None) -> Insert:
+    """The insert of the drafts into the session whose row `advanced` has just made COUNTED."""
+    return insert(table).from_select(
+        ["user_id", "session_id", "turn_id", "created_at", "seq", *ARRAYS],
         select(
-            bindparam("user_id"),
-            bindparam("session_id"),
-            bindparam("turn_id", type_=sa.Text),
-            _advanced.c.last_activity,
-            _advanced.c.last_seq - _count + _new.c.place,
+            advanced.c.user_id,
+            advanced.c.session_id,
+            sa.null().cast(sa.Text) if turn_id is None else turn_id,
+            advanced.c.last_activity,
+            advanced.c.last_seq - COUNT + _new.c.place,
             *(_new.c[name].cast(JSON_ARRAYS[name]) if name in JSON_ARRAYS else _new.c[name] for name in ARRAYS),
-        ).select_from(_advanced.join(_new, sa.true())),
+        ).select_from(advanced.join(_new, sa.true())),
     )
-    .returning(table.c.seq, table.c.created_at)
-)
+
+
+APPEND = storing(
+    sa.update(_session)
+    .where(sessions.mine, active, lease_is_over)
+    .values(**COUNTED, **TOUCHED)
+    .returning(_session.c.user_id, _session.c.session_id, _session.c.last_seq, _session.c.last_activity)
+    .cte("advanced")
+).returning(table.c.seq, table.c.created_at)
 
 
 _TRIES = 5
@@ -190,28 +195,30 @@ def text_of(blocks: list[dict[str, Any]]) -> str:
     return "".join(parts)
 
 
-async def append_drafts(
-    conn: Conn, user_id: str, session_id: str, drafts: list[Draft], *, turn_id: str | None = None
-) -> list[wire.Message] | None:
-    """The messages stored, or None when the session cannot take them. With `turn_id` it must be locked."""
-    if not drafts:
-        return []
-    rows = await conn.rows(
-        APPEND,
-        user_id=user_id,
-        session_id=session_id,
-        turn_id=turn_id,
-        in_turn=turn_id is not None,
-        count=len(drafts),
-        tokens=sum(each.tokens_used for each in drafts),
-        cost=sum((each.cost_usd for each in drafts), Decimal(0)),
+def parameters(drafts: list[Draft]) -> dict[str, Any]:
+    return {
+        "count": len(drafts),
+        "tokens": sum(each.tokens_used for each in drafts),
+        "cost": sum((each.cost_usd for each in drafts), Decimal(0)),
         **{f"{name}_array": [each.parameter(name) for each in drafts] for name in ARRAYS},
-    )
+    }
+
+
+def stored(
+    drafts: list[Draft], user_id: str, session_id: str, last_seq: int, created_at: datetime
+) -> list[wire.Message]:
+    """The messages that the drafts have become, of which the last has this seq."""
+    first_seq = last_seq - len(drafts) + 1
+    return [each.stored(user_id, session_id, first_seq + place, created_at) for place, each in enumerate(drafts)]
+
+
+async def append_drafts(conn: Conn, user_id: str, session_id: str, drafts: list[Draft]) -> list[wire.Message] | None:
+    """The messages stored, at least one; None when the session cannot take them."""
+    rows = await conn.rows(APPEND, user_id=user_id, session_id=session_id, **parameters(drafts))
     if not rows:
         return None
-    first_seq = min(row["seq"] for row in rows)
-    created_at = rows[0]["created_at"]
-    return [each.stored(user_id, session_id, first_seq + place, created_at) for place, each in enumerate(drafts)]
+    last_seq = max(row["seq"] for row in rows)
+    return stored(drafts, user_id, session_id, last_seq, rows[0]["created_at"])
 
 
 Gather = Callable[[str, str, Draft], Awaitable[wire.Message | None]]
@@ -241,10 +248,10 @@ async def _append_alone(
     message = drafted.message
 
     async def work(conn: Conn) -> wire.Message:
-        stored = await append_drafts(conn, user_id, session_id, [drafted])
-        if stored is None:
+        appended = await append_drafts(conn, user_id, session_id, [drafted])
+        if appended is None:
             raise _NotAppended
-        return stored[0]
+        return appended[0]
 
     async def again(conn: Conn) -> wire.Message:
         earlier = await conn.row(GET, user_id=user_id, message_id=message.message_id)

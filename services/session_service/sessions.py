@@ -54,6 +54,8 @@ TOUCHED: dict[str, Any] = {
     "last_activity": MOMENT,
     "expires_at": MOMENT + table.c.idle_timeout_seconds * SECOND,
 }
+# Whoever holds the row's lock has judged the session already; time that passes meanwhile changes nothing of it.
+IS_HELD: ColumnElement[bool] = bindparam("is_held", type_=sa.Boolean)
 
 COLUMNS: tuple[ColumnElement[Any], ...] = (
     table.c.session_id,
@@ -134,9 +136,13 @@ class IfVersion:
 
     version: int | None
 
+    def fits(self, session: wire.Session | None) -> bool:
+        """Whether there is a session, and of this version where one is named."""
+        return session is not None and self.version in {None, session.version}
+
     def require(self, session: wire.Session | None) -> None:
-        """Raises VersionMismatch unless there is a session, and of this version where one is named."""
-        if session is None or self.version not in {None, session.version}:
+        """Raises VersionMismatch unless it fits."""
+        if not self.fits(session):
             raise VersionMismatch(version=session.version if session else None)
 
 
@@ -195,6 +201,20 @@ async def lock(conn: Conn, user_id: str, session_id: str, if_match: IfVersion | 
 async def look(conn: Conn, user_id: str, session_id: str) -> Detail:
     """As `lock`, holding and changing nothing."""
     return detail_of(await conn.row(LOOK, user_id=user_id, session_id=session_id))
+
+
+def unmade(user_id: str, session_id: str) -> Detail:
+    """A session that is not there yet, as its first messages will find it."""
+    known: dict[str, Any] = {"user_id": user_id, "session_id": session_id, "session_summary": ""}
+    return Detail(
+        session=wire.Session.model_construct(**known),
+        last_seq=0,
+        summary_to_seq=None,
+        first_seq=1,
+        window_start_seq=1,
+        latest_turn_id=None,
+        lease_left_seconds=None,
+    )
 
 
 def detail_of(row: Row | None) -> Detail:

@@ -5,128 +5,33 @@ last can write the answer, once.
 """
 
 import secrets
-from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import and_, bindparam, func, insert, select
+from sqlalchemy import and_, bindparam, func, select
 from sqlalchemy.sql.elements import ColumnElement
-from uuid_utils import uuid7
 
-from services.session_service import context, cursors, messages, sessions
-from services.session_service.creation import find_or_create
-from services.session_service.leases import close_overdue
-from services.session_service.rewind import supersede_after
-from services.session_service.schema import OPEN, session_messages
+from services.session_service import cursors, messages, sessions
+from services.session_service.schema import OPEN
 from services.session_service.schema import session_turns as table
 from services.session_service.schema import sessions as _session
-from services.session_service.sessions import NOW, SECOND, TOUCHED, Detail, IfVersion
+from services.session_service.sessions import NOW, SECOND, TOUCHED, Detail
 from shared import wire
-from shared.canonical import speaker
-from shared.database import Conn, Database, Row, Writer
-from shared.errors import LeaseLost, TurnClosed, TurnNotFound, ValidationFailed
+from shared.database import Conn, Database, Row
+from shared.errors import LeaseLost, TurnClosed, TurnNotFound
 
 mine: ColumnElement[bool] = and_(table.c.user_id == bindparam("user_id"), table.c.session_id == bindparam("session_id"))
 THIS = and_(mine, table.c.turn_id == bindparam("turn_id"))
 COLUMNS: tuple[ColumnElement[Any], ...] = tuple(table.c[name] for name in wire.Turn.model_fields)
-_lease_seconds = bindparam("lease_seconds", type_=sa.Integer)
-
-_opened = (
-    insert(table)
-    .values(
-        user_id=bindparam("user_id"),
-        session_id=bindparam("session_id"),
-        turn_id=bindparam("turn_id"),
-        status=OPEN,
-        lease_token=bindparam("lease_token"),
-        lease_seconds=_lease_seconds,
-        lease_expires_at=NOW + _lease_seconds * SECOND,
-        opened_at=NOW,
-        input_from_seq=bindparam("input_from_seq", type_=sa.Integer),
-        input_to_seq=bindparam("input_to_seq", type_=sa.Integer),
-    )
-    .returning(table.c.lease_expires_at)
-    .cte("opened")
-)
-OPEN_TURN = (
-    sa.update(_session)
-    .where(sessions.mine)
-    .values(
-        **TOUCHED,
-        latest_turn_id=bindparam("turn_id", type_=sa.Text),
-        lease_expires_at=_opened.c.lease_expires_at,
-        window_start_seq=bindparam("window_start_seq", type_=sa.Integer),
-    )
-    .returning(*sessions.COLUMNS, _opened.c.lease_expires_at)
-)
-LAST_VISIBLE_ROLE = (
-    select(session_messages.c.role)
-    .where(messages.mine, session_messages.c.superseded_at.is_(None))
-    .order_by(session_messages.c.seq.desc())
-    .limit(1)
-)
 
 
-async def open_turn(
-    writer: Writer,
-    user_id: str,
-    session_id: str,
-    request: wire.OpenTurn,
-    *,
-    default_max_tokens: int,
-    if_match: IfVersion | None = None,
-) -> wire.TurnOpened:
-    """Finds or makes the session, takes back what the request rewinds, stores its messages, opens the turn.
-
-    All of it in one transaction. Raises TurnInProgress at once where another turn is open; waiting is waiting.py's.
-    """
-    drafts = [messages.draft(message) for message in request.messages]
-    budget = context.Budget.of(request.context, default_max_tokens)
-
-    async def work(conn: Conn) -> wire.TurnOpened:
-        locked = await find_or_create(conn, user_id, session_id, request.create_session, if_match)
-        await close_overdue(conn, locked)
-        if request.rewind_to_seq is not None:
-            await supersede_after(conn, locked, request.rewind_to_seq, "rewind_to_seq")
-        if not drafts:
-            await _require_user_last(conn, locked)
-        turn_id = request.turn_id or str(uuid7())
-        stored = await messages.append_drafts(conn, user_id, session_id, drafts, turn_id=turn_id) or []
-        if request.rewind_to_seq is not None:
-            locked = await sessions.lock(conn, user_id, session_id)
-        elif stored:  # nothing else of what a context is made of has changed
-            locked = replace(locked, last_seq=stored[-1].seq)
-        built, window_start_seq = await context.build(conn, locked, budget, moves=True)
-        lease_token = secrets.token_urlsafe(24)
-        row = await conn.row(
-            OPEN_TURN,
-            **locked.key,
-            turn_id=turn_id,
-            lease_token=lease_token,
-            lease_seconds=request.lease_seconds,
-            input_from_seq=stored[0].seq if stored else None,
-            input_to_seq=stored[-1].seq if stored else None,
-            window_start_seq=window_start_seq,
-        )
-        assert row is not None  # noqa: S101 - the session is locked, so it is there
-        values = dict(row.items())
-        return wire.TurnOpened.model_construct(
-            turn_id=turn_id,
-            lease_token=lease_token,
-            lease_expires_at=values.pop("lease_expires_at"),
-            session=sessions.from_values(values),
-            messages=stored,
-            context=built,
-        )
-
-    return await writer.transact(work)
+def moved(version: ColumnElement[int]) -> ColumnElement[int]:
+    """The version after a turn was opened or closed; the messages stored with that are a write of their own."""
+    return version + 1 + func.least(messages.COUNT, 1)
 
 
-async def _require_user_last(conn: Conn, locked: Detail) -> None:
-    role = await conn.value(LAST_VISIBLE_ROLE, **locked.key)
-    if role is None or speaker(role) != "user":
-        raise ValidationFailed.at("body", "messages", msg="May be empty only when the last message is the user's")
-
+# What a turn's opening and closing set in the session's row.
+MOVED = TOUCHED | {"version": moved(_session.c.version)}
 
 # ── renew ───────────────────────────────────────────────────────────────────────────────────────
 

@@ -15,7 +15,6 @@ from shared.database import compile_statement
 NOUNS = [
     "align",
     "batches",
-    "context",
     "counting",
     "creation",
     "erasure",
@@ -29,6 +28,8 @@ NOUNS = [
     "leases",
     "memories",
     "messages",
+    "opening",
+    "recent",
     "rewind",
     "search",
     "sessions",

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from services.session_service import completion, context, sessions, turns
+from services.session_service import completion, context, opening, sessions, turns
 from services.session_service.routes.creating import CreatingRoute, Writes, creating_errors
 from services.session_service.routes.parameters import (
     AppState,
@@ -76,7 +76,7 @@ async def open_turn(
 
     opened = await state.lines.wait(
         (user_id, session_id),
-        lambda: turns.open_turn(writer, user_id, session_id, turn, default_max_tokens=max_tokens, if_match=if_match),
+        lambda: opening.open_turn(writer, user_id, session_id, turn, default_max_tokens=max_tokens, if_match=if_match),
         seconds=turn.wait_seconds,
         is_gone=is_over,
     )
