@@ -60,7 +60,6 @@ OPEN_TURN = _opening(
         sessions.mine,
         _session.c.version == bindparam("version", type_=sa.BigInteger),
         _session.c.created_at == bindparam("created_at", type_=sa.TIMESTAMP(timezone=True)),
-        _session.c.lease_expires_at.is_(None),
         or_(sessions.IS_HELD, sessions.active),
     )
     .values(**messages.COUNTED, **MOVED, **_taken)
