@@ -77,10 +77,11 @@ class Script:
 def script_of(seen: list[Seen], variables: dict[str, str], *, before: tuple[str, ...] = ()) -> Script:
     """The script of these statements. `variables` say what stands for a parameter, by its name.
 
-    Once a statement has locked the session, the seqs of later ones are reckoned from the last_seq that it gave.
+    Once a statement has read the session, the seqs of later ones are reckoned from the last_seq that it gave, and the
+    version and time that they ask for are the ones that it gave.
     """
     script = Script([*before])
-    last_seq: int | None = None
+    read: Row | None = None
     for number, each in enumerate(seen):
         if each.compiled is None:
             script.lines.append(f"{each.sql};")
@@ -88,23 +89,25 @@ def script_of(seen: list[Seen], variables: dict[str, str], *, before: tuple[str,
         filled = []
         for place, name in enumerate(each.compiled.names):
             value = each.values.get(name, each.compiled.constants.get(name))
-            filled.append(variables.get(name) or _argument(script, f"{number}_{place}", name, value, last_seq))
+            filled.append(variables.get(name) or _argument(script, f"{number}_{place}", name, value, read))
         sql = _filled(each.sql, filled)
-        if last_seq is None and each.rows and "FOR NO KEY UPDATE" in sql:
-            last_seq = each.rows[0]["last_seq"]
+        if read is None and each.rows and "last_seq" in each.rows[0].keys():  # noqa: SIM118 - of a Record
+            read = each.rows[0]
             script.lines.append(f"{sql} \\gset")
         else:
             script.lines.append(f"{sql};")
     return script
 
 
-def _argument(script: Script, number: str, name: str, value: Any, last_seq: int | None) -> str:
+def _argument(script: Script, number: str, name: str, value: Any, read: Row | None) -> str:
     """What stands for a parameter that has no variable of its own."""
     if value is None:
         return "NULL"
-    if last_seq is not None and name.endswith("_seq") and _is_near(value, last_seq):
-        script.lines.append(f"\\set v{number} :last_seq + {value - last_seq}")
+    if read is not None and name.endswith("_seq") and _is_near(value, read["last_seq"]):
+        script.lines.append(f"\\set v{number} :last_seq + {value - read['last_seq']}")
         return f":v{number}"
+    if read is not None and name in {"version", "created_at"}:
+        return f":{name}"
     script.constants[f"p{number}"] = as_text(value)
     return f":p{number}"
 
