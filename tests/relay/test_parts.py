@@ -44,6 +44,23 @@ async def test_a_pipe_gives_what_was_put_and_then_ends() -> None:
     assert await pipe.get(1) == b""
 
 
+async def test_silence_counts_from_the_last_piece() -> None:
+    """And a wait that follows another one is as long, however soon the first one's timer is due."""
+    pipe = Pipe()
+    loop = asyncio.get_running_loop()
+    for _ in range(6):  # together longer than the silence
+        loop.call_later(0.1, pipe.put_now, b"x")
+        assert await pipe.get(0.3) == b"x"
+    for _ in range(2):
+        began_at = loop.time()
+        assert await pipe.get(0.3) is None
+        assert 0.29 <= loop.time() - began_at < 0.6
+    waiting = asyncio.create_task(pipe.get(60))
+    await asyncio.sleep(0)
+    pipe.close()
+    assert await asyncio.wait_for(waiting, 1) == b""
+
+
 async def test_a_full_pipe_makes_its_writer_wait() -> None:
     pipe = Pipe(limit_bytes=10)
     await pipe.put(b"x" * 25)
