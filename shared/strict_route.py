@@ -4,7 +4,7 @@ Its one invariant: a body is refused or it is exactly what the route gets; nothi
 """
 
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from shared import json
 from shared.errors import ValidationFailed
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def validation_failed(errors: Sequence[Any], prefix: tuple[str, ...] = ()) -> ValidationFailed:
@@ -44,7 +46,7 @@ class StrictRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
         field = self.body_field
-        model = field and field.field_info.annotation
+        model = _model(field.field_info.annotation) if field else BaseModel
 
         async def strict(request: Request) -> Response:
             try:
@@ -64,6 +66,11 @@ class StrictRoute(APIRoute):
         return await handle(request)
 
 
+async def read_body(request: Request, model: type[Model], limits: object) -> Model:
+    """The request's body as a StrictRoute would take it. Raises ValidationFailed."""
+    return _checked(model, _parsed(await request.body()), limits)
+
+
 def _parsed(raw: bytes) -> dict[str, Any]:
     value = json.parse(raw)
     if not isinstance(value, dict):
@@ -71,13 +78,16 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def _checked(annotation: Any, value: dict[str, Any], limits: object) -> BaseModel:
-    model = next(each for each in (annotation, *get_args(annotation)) if _is_model(each))
+def _checked(model: type[Model], value: dict[str, Any], limits: object) -> Model:
     try:
-        checked: BaseModel = model.model_validate(value, context=limits)
+        return model.model_validate(value, context=limits)
     except ValidationError as error:
         raise validation_failed(error.errors(include_url=False, include_input=False), ("body",)) from None
-    return checked
+
+
+def _model(annotation: Any) -> type[BaseModel]:
+    found: type[BaseModel] = next(each for each in (annotation, *get_args(annotation)) if _is_model(each))
+    return found
 
 
 def _is_model(annotation: Any) -> bool:

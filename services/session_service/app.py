@@ -12,10 +12,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Scope
 
 from services.session_service import news, retention, revision
-from services.session_service.errors import BY_CONSTRAINT
+from services.session_service.errors import error_of
 from services.session_service.gathering import Gathering
 from services.session_service.metrics import Metrics
 from services.session_service.routes import health, memories, messages, search, sessions, stats, transfer, turns
+from services.session_service.routes.direct import Direct
 from services.session_service.settings import SessionServiceSettings
 from services.session_service.state import State
 from services.session_service.stats import Cached
@@ -63,7 +64,7 @@ def create_app(settings: SessionServiceSettings, database: Database, lifecycle: 
     app.add_exception_handler(ClientDisconnect, client_gone)
     app.add_exception_handler(Exception, _on_fault)
     return Door(
-        app,
+        Direct(app, state),
         rules=BodyRules(settings.limits.body_bytes, settings.body_timeout_seconds, frozenset({transfer.IMPORT_PATH})),
         duration=metrics.duration,
         admit=_admission(settings),
@@ -151,11 +152,7 @@ async def _on_service_error(_request: Request, error: Exception) -> Response:
 
 async def _on_violation(_request: Request, error: Exception) -> Response:
     assert isinstance(error, Violation)  # noqa: S101 - registered for this class
-    known = BY_CONSTRAINT.get(error.constraint)
-    if known is None:
-        log.error("constraint_violated", constraint=error.constraint)
-        return error_answer(Internal())
-    return error_answer(known())
+    return error_answer(error_of(error))
 
 
 async def _on_http_exception(_request: Request, error: Exception) -> Response:

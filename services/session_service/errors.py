@@ -3,7 +3,12 @@
 Its one invariant: a constraint that a request can run into is listed here; any other is a fault of ours.
 """
 
-from shared.errors import MessageExists, ServiceError, SessionExists, SessionNotFound, TurnExists
+import structlog
+
+from shared.database import Violation
+from shared.errors import Internal, MessageExists, ServiceError, SessionExists, SessionNotFound, TurnExists
+
+log = structlog.get_logger(__name__)
 
 BY_CONSTRAINT: dict[str, type[ServiceError]] = {
     "sessions_pkey": SessionExists,
@@ -14,3 +19,12 @@ BY_CONSTRAINT: dict[str, type[ServiceError]] = {
     "session_turns_session_fkey": SessionNotFound,
     "session_memories_session_fkey": SessionNotFound,
 }
+
+
+def error_of(violation: Violation) -> ServiceError:
+    """What to tell the caller whose request violated a constraint."""
+    known = BY_CONSTRAINT.get(violation.constraint)
+    if known is None:
+        log.error("constraint_violated", constraint=violation.constraint)
+        return Internal()
+    return known()

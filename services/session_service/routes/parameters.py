@@ -67,6 +67,11 @@ IDEMPOTENCY_ERRORS = (IdempotencyInProgress, IdempotencyKeyReused)
 async def _if_match(
     if_match: Annotated[str | None, Header(alias="If-Match", description='A version as in ETag, or "*"')] = None,
 ) -> IfVersion | None:
+    return if_match_of(if_match)
+
+
+def if_match_of(if_match: str | None) -> IfVersion | None:
+    """What the header's value asks for. Raises ValidationFailed."""
     if if_match is None:
         return None
     if if_match.strip() == "*":
