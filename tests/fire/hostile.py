@@ -36,7 +36,11 @@ _ROWS = (
     " + (SELECT count(*) FROM dev.session_memories)"
     " + (SELECT count(*) FROM dev.relay_api_keys) + (SELECT count(*) FROM dev.relay_accounts)"
 )
-_STORE_ROWS = f"{_ROWS} + (SELECT coalesce(sum(version), 0) + count(*) FROM dev.sessions)"
+# The sweeper moves versions on, too: by one for each session and turn that has run out.
+_STORE_ROWS = (
+    f"{_ROWS} + (SELECT coalesce(sum(version), 0) + count(*) - count(*) FILTER (WHERE ended_reason = 'expired')"
+    " FROM dev.sessions) - (SELECT count(*) FROM dev.session_turns WHERE status = 'expired')"
+)
 
 EXTRA: list[Row] = [
     Row("POST", "/v1/messages", "key", "messages", body)
