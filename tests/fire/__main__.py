@@ -116,7 +116,7 @@ SCENARIOS: dict[str, tuple[str, Scenario]] = {
     ),
     "disk": ("no room for the spool", lambda report, size: operations.run_full_disk(report, migrated=size.migrated)),
 }
-LANES = (("kill", "hostile", "rights", "secrets"), ("rolling", "clocks", "disk", "cuts", "slow"))
+LANES = (("kill", "hostile", "rights", "secrets", "slow"), ("rolling", "clocks", "disk", "cuts"))
 ALONE = ("flood",)
 """What goes on side by side where there are only so many minutes, and what is measured and so goes on alone."""
 
