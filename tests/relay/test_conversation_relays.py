@@ -13,6 +13,7 @@ import asyncpg
 import httpx
 import pytest
 import pytest_asyncio
+from websockets.exceptions import ConnectionClosed
 
 from tests.processes import Process, ServiceProcess
 from tests.relay.calls import MODEL, start_relay, upstream_settings
@@ -185,6 +186,20 @@ async def test_a_stopped_relays_run_is_paused(mortal: Relays, upstream: TestUpst
     fine(await there.call("run"))
     await there.until_status("finished")
     assert (await there.stored())[-1] == ("assistant", partial.rstrip() + " rest")
+
+
+async def test_a_stopped_relay_sends_its_sockets_elsewhere(mortal: Relays) -> None:
+    """1012: the service restarts. The process does not wait for those who only watch."""
+    mine = await mortal.user.conversation()
+    async with mine.socket() as socket, mortal.at_second(mine).socket() as other:
+        await socket.next()
+        await other.next()
+        assert await asyncio.to_thread(mortal.first.stop, 10) == 0
+        with pytest.raises(ConnectionClosed):
+            await socket.connection.recv()
+        assert socket.connection.close_code == 1012
+        await mortal.at_second(mine).say("Still here", run=False)
+        assert (await other.next())["kind"] == "MessageEvent"
 
 
 async def test_a_stranded_start_becomes_an_error(mortal: Relays, upstream: TestUpstream) -> None:
