@@ -24,8 +24,9 @@ Call = tuple[str, str]
 SOCKET = "WebSocket"
 
 
-def _calls(door: object) -> list[Call]:
-    app: FastAPI = door._app  # type: ignore[attr-defined]
+def _calls(app: object) -> list[Call]:
+    while not isinstance(app, FastAPI):
+        app = app._app  # type: ignore[attr-defined]  # what stands before it has no routes of its own
     found: list[Call] = []
     for context in iter_route_contexts(app.routes):
         is_socket = isinstance(context.original_route, WebSocketRoute)
