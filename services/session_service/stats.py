@@ -26,7 +26,7 @@ Bucket = Literal["hour", "day", "month"]
 MAX_BUCKETS: Final = 10_000
 _SHORTEST: Final = {"hour": timedelta(hours=1), "day": timedelta(days=1), "month": timedelta(days=28)}
 
-LIVE_SESSIONS: Final = 5_000
+LIVE_SESSIONS: Final = 2_000
 """Up to so many sessions are added up when asked for; of more, the sums made beside the request path are given."""
 LIVE_MESSAGES: Final = 20_000
 
