@@ -40,7 +40,10 @@ def _marks() -> str:
     return "".join(f"\\U{start:08x}-\\U{end:08x}" for start, end in ranges)
 
 
-_RUNS: Final = re.compile(rf"(?P<cjk>[{_CJK}]+)|(?P<word>(?:(?![{_CJK}])[^\W_]|[{_marks()}])+)")
+_LETTER: Final = rf"(?:(?![{_CJK}])[^\W_]|[{_marks()}])"
+# Most words are ASCII or begin so: that part is found as a whole, not letter by letter.
+_ASCII: Final = rf"[0-9A-Za-z]++(?:(?=[^\x00-\x7f]){_LETTER}++)?"
+_RUNS: Final = re.compile(rf"(?P<ascii>{_ASCII})|(?P<cjk>[{_CJK}]++)|(?P<word>{_LETTER}++)")
 _LETTERS: Final = frozenset({"Lu", "Ll", "Lt", "Lo"})
 
 
@@ -78,27 +81,37 @@ def fold(text: str) -> str:
     return unicodedata.normalize("NFKC", _IGNORED.sub("", text)).casefold()
 
 
+Kind = Literal["word", "pair", "end", "single"]
+
+
 class Word(NamedTuple):
     """A word at its place. `kind` tells a pair of a CJK run from the run's last character, and from a word."""
 
     text: str
     place: int
-    kind: Literal["word", "pair", "end", "single"]
+    kind: Kind
 
 
 def places(text: str) -> Iterator[Word]:
     """The words of a folded text with their places, from 1 on."""
+    return map(Word._make, _placed(text))
+
+
+def _placed(text: str) -> Iterator[tuple[str, int, Kind]]:
     place = 1
     for run in _RUNS.finditer(text):
         found = run.group()
         if run.lastgroup == "cjk":
             for start in range(len(found) - 1):
-                yield Word(found[start : start + 2], place + start, "pair")
-            yield Word(found[-1], place + len(found) - 1, "end" if len(found) > 1 else "single")
+                yield found[start : start + 2], place + start, "pair"
+            yield found[-1], place + len(found) - 1, "end" if len(found) > 1 else "single"
             place += len(found)
+        elif found.isascii() and len(found) <= _LONGEST_WORD:
+            yield found, place, "word"
+            place += 1
         else:
             for word in _words(found):
-                yield Word(_short(word), place, "word")
+                yield _short(word), place, "word"
                 place += 1
 
 
@@ -120,9 +133,14 @@ def vector(user_id: str, text: str) -> tuple[str, bool]:
     own = own_prefix(user_id)
     by_word: dict[str, list[int]] = {}
     last = 0
-    for word, place, _ in places(fold(cut)):
-        by_word.setdefault(word, []).append(min(place, LAST_PLACE))
+    for word, place, _ in _placed(fold(cut)):
+        if word in by_word:
+            by_word[word].append(place)
+        else:
+            by_word[word] = [place]
         last = place
+    if last > LAST_PLACE:
+        by_word = {word: [min(place, LAST_PLACE) for place in found] for word, found in by_word.items()}
     # A tsvector keeps 256 places of a word; a word that comes more often is as good as one without place.
     is_long = last > LAST_PLACE or any(len(found) > 255 for found in by_word.values())
     return " ".join(f"'{own}{word}':{','.join(map(str, found[:255]))}" for word, found in by_word.items()), is_long
