@@ -37,53 +37,9 @@ def start_of(bucket: str, moment: datetime) -> datetime:
 # ── adding ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(slots=True)
-class _Sum:
-    messages: int = 0
-    tokens: int = 0
-    cost: Decimal = Decimal(0)
-    active_sessions: int = 0
-
-
-@dataclass(slots=True)
-class Usage:
-    """What a round of counting adds to usage_buckets."""
-
-    sums: dict[tuple[str, str, datetime], _Sum] = field(default_factory=dict)
-
-    def add(self, user_id: str, counted_to: datetime | None, rows: Iterable[Any]) -> None:
-        """Adds a session's messages (created_at, tokens_used, cost_usd), in order, after those up to `counted_to`.
-
-        In the order of time a session is new to a bucket exactly when its message before was in an earlier one.
-        """
-        for hour, found in groupby(rows, key=lambda row: start_of("hour", row["created_at"])):
-            together = list(found)
-            tokens = sum(row["tokens_used"] for row in together)
-            cost = sum((row["cost_usd"] for row in together), Decimal(0))
-            for bucket in BUCKETS:
-                start = start_of(bucket, hour)
-                is_new = counted_to is None or start_of(bucket, counted_to) < start
-                for scope in (user_id, ALL):
-                    entry = self.sums.setdefault((scope, bucket, start), _Sum())
-                    entry.messages += len(together)
-                    entry.tokens += tokens
-                    entry.cost += cost
-                    entry.active_sessions += is_new
-            counted_to = hour
-
-    async def store(self, conn: Conn) -> None:
-        if not self.sums:
-            return
-        rows = [
-            (*place, entry.messages, entry.tokens, entry.cost, entry.active_sessions)
-            for place, entry in sorted(self.sums.items())
-        ]
-        columns = zip(*rows, strict=True)
-        await conn.rows(ADD, **{f"{name}_array": list(values) for name, values in zip(_BUCKET, columns, strict=True)})
-
-
-_BUCKET: dict[str, sa.types.TypeEngine[Any]] = {
+_BUCKET: Final[dict[str, sa.types.TypeEngine[Any]]] = {
     "user_id": sa.Text(),
+    "session_id": sa.Text(),
     "bucket": sa.Text(),
     "start": _time,
     "messages": sa.BigInteger(),
@@ -92,16 +48,67 @@ _BUCKET: dict[str, sa.types.TypeEngine[Any]] = {
     "active_sessions": sa.BigInteger(),
 }
 _SUMS: Final = ("messages", "tokens", "cost", "active_sessions")
-_new = (
-    func.unnest(*(bindparam(f"{name}_array", type_=ARRAY(kind)) for name, kind in _BUCKET.items()))
-    .table_valued(*_BUCKET, name="new")
-    .render_derived()
-)
-_add = insert(usage_buckets).from_select([*_BUCKET], select(*(_new.c[name] for name in _BUCKET)))
-ADD = _add.on_conflict_do_update(
-    index_elements=["user_id", "bucket", "start"],
-    set_={name: usage_buckets.c[name] + _add.excluded[name] for name in _SUMS},
-)
+
+
+@dataclass(slots=True)
+class Usage:
+    """What a round of counting adds to usage_buckets: a row for each bucket of each session."""
+
+    rows: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def add(self, user_id: str, session_id: str, counted_to: datetime | None, messages: Iterable[Any]) -> None:
+        """Adds a session's messages (created_at, tokens_used, cost_usd), in order, after those up to `counted_to`.
+
+        In the order of time a session is new to a bucket exactly when its message before was in an earlier one.
+        """
+        for hour, found in groupby(messages, key=lambda row: start_of("hour", row["created_at"])):
+            together = list(found)
+            sums = (
+                len(together),
+                sum(row["tokens_used"] for row in together),
+                sum((row["cost_usd"] for row in together), Decimal(0)),
+            )
+            for bucket in BUCKETS:
+                start = start_of(bucket, hour)
+                is_new = counted_to is None or start_of(bucket, counted_to) < start
+                self.rows.append((user_id, session_id, bucket, start, *sums, int(is_new)))
+            counted_to = hour
+
+    def parameters(self) -> dict[str, list[Any]]:
+        columns = list(zip(*self.rows, strict=True)) or [()] * len(_BUCKET)
+        return {f"usage_{name}": list(values) for name, values in zip(_BUCKET, columns, strict=True)}
+
+
+def add_usage(held: sa.CTE) -> sa.CTE:
+    """The part of a statement that adds a Usage's `parameters` to usage_buckets, of those sessions that are `held`."""
+    new = (
+        func.unnest(*(bindparam(f"usage_{name}", type_=ARRAY(kind)) for name, kind in _BUCKET.items()))
+        .table_valued(*_BUCKET, name="usage")
+        .render_derived()
+    )
+    scopes = _scopes_of(new)
+    sums = [func.sum(new.c[name]) for name in _SUMS]
+    added = (
+        select(scopes.c.scope, new.c.bucket, new.c.start, *sums)
+        .select_from(
+            new.join(held, and_(held.c.user_id == new.c.user_id, held.c.session_id == new.c.session_id)).join(
+                scopes, sa.true()
+            )
+        )
+        .group_by(scopes.c.scope, new.c.bucket, new.c.start)
+        .order_by(scopes.c.scope, new.c.bucket, new.c.start)
+    )
+    upsert = insert(usage_buckets).from_select(["user_id", "bucket", "start", *_SUMS], added)
+    return upsert.on_conflict_do_update(
+        index_elements=["user_id", "bucket", "start"],
+        set_={name: usage_buckets.c[name] + upsert.excluded[name] for name in _SUMS},
+    ).cte("used")
+
+
+def _scopes_of(rows: Any) -> Any:
+    """The users that figures count for: their own, and all."""
+    both = func.unnest(array([rows.c.user_id, literal_column("''")]))
+    return both.table_valued("scope", name="scopes").render_derived()
 
 
 def add_totals(held: sa.CTE) -> sa.CTE:
@@ -116,9 +123,7 @@ def add_totals(held: sa.CTE) -> sa.CTE:
         "tokens": held.c.tokens - held.c.counted_tokens,
         "cost": held.c.cost - held.c.counted_cost,
     }
-    scopes = (
-        func.unnest(array([held.c.user_id, literal_column("''")])).table_valued("scope", name="scopes").render_derived()
-    )
+    scopes = _scopes_of(held)
     sums = [func.sum(each).label(name) for name, each in differences.items()]
     added = select(scopes.c.scope, *sums).select_from(held.join(scopes, sa.true())).group_by(scopes.c.scope)
     upsert = insert(session_totals).from_select(["user_id", *differences], added)
@@ -223,7 +228,7 @@ FORGET_SESSION = (
 _theirs = (
     sa.delete(usage_buckets)
     .where(usage_buckets.c.user_id == bindparam("user_id"))
-    .returning(*(usage_buckets.c[name] for name in _BUCKET))
+    .returning(usage_buckets.c.bucket, usage_buckets.c.start, *(usage_buckets.c[name] for name in _SUMS))
     .cte("theirs")
 )
 _everyones: sa.Alias[Any] = usage_buckets.alias("everyones")  # type: ignore[assignment]

@@ -147,7 +147,7 @@ _held = (
 )
 MARK = (
     sa.update(table)
-    .add_cte(counting.add_totals(_held))
+    .add_cte(counting.add_totals(_held), counting.add_usage(_held))
     .where(table.c.user_id == _held.c.user_id, table.c.session_id == _held.c.session_id)
     .values(
         indexed_seq=_held.c.seq,
@@ -163,7 +163,6 @@ MARK = (
         chain_seq=_held.c.chain_seq,
         chain_hash=_held.c.chain_hash,
     )
-    .returning(table.c.user_id, table.c.session_id)
 )
 
 
@@ -225,12 +224,11 @@ async def see_to_news(database: Database, after: tuple[str, str] = FIRST) -> tup
         if read:
             columns = zip(*(each.mark() for each in read), strict=True)
             arrays = {f"{name}_array": list(values) for name, values in zip(_MARKS, columns, strict=True)}
-            marked = {(row["user_id"], row["session_id"]) for row in await conn.rows(MARK, **arrays)}
             usage = counting.Usage()
             for each in read:
-                if each.key in marked:
-                    usage.add(each.row["user_id"], each.row["counted_to"], each.visible)
-            await usage.store(conn)
+                usage.add(*each.key, each.row["counted_to"], each.visible)
+            # Last, and one statement: from here to the commit whoever writes to these sessions has to wait.
+            await conn.rows(MARK, **arrays, **usage.parameters())
         all_of_it = (
             len(read) == len(found) < SESSIONS_AT_ONCE and after == FIRST and not any(each.has_more for each in read)
         )

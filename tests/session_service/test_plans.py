@@ -36,7 +36,7 @@ NOUNS = [
     "turns",
 ]
 # Over all users: cached, or of a few sessions only (more of them are read from sums), or beside the request path.
-ACROSS_USERS = {"turns.COUNT_OPEN", "idempotency.FORGET", "indexing.PUT", "counting.ADD"}
+ACROSS_USERS = {"turns.COUNT_OPEN", "idempotency.FORGET", "indexing.PUT"}
 TABLES = {
     *("sessions", "session_messages", "session_turns", "session_memories", "session_search"),
     *("idempotency_records", "session_totals", "usage_buckets"),
