@@ -262,7 +262,14 @@ session_search = Table(
         name="session_search_session_fkey",
         ondelete="CASCADE",
     ),
-    Index("session_search_words_idx", "words", postgresql_using="gin", postgresql_with={"fastupdate": "off"}),
+    # New words wait in a list, which a search reads through, and enter the index together: a frequent word's list of
+    # texts is then written once for many texts, not once for each. By whom it is done nobody waits for.
+    Index(
+        "session_search_words_idx",
+        "words",
+        postgresql_using="gin",
+        postgresql_with={"fastupdate": "on", "gin_pending_list_limit": "512"},
+    ),
 )
 
 # Sums over a user's sessions, and under the user '' over all; moved beside the request path, by differences.
