@@ -18,6 +18,7 @@ from shared.errors import ValidationFailed
 
 _MAY_OVERFLOW = re.compile(rb"[0-9][eE]\+?[0-9]{2}|[0-9]{300}")
 _ESCAPED_NUL = b"\\u0000"
+_UTC = "+00:00"
 MAX_DEPTH = 180
 """What is read here is written again some levels deeper in answers, and many parsers, ours too, stop at 200."""
 
@@ -72,8 +73,11 @@ def _unstorable(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple
 
 
 def rfc3339(moment: datetime) -> str:
-    """A time as the contract writes it: UTC, microseconds always, `Z`."""
-    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
+    """A time as our APIs write it: UTC, microseconds always, `Z`."""
+    text = moment.isoformat(timespec="microseconds")
+    if not text.endswith(_UTC):
+        text = moment.astimezone(UTC).isoformat(timespec="microseconds")
+    return text.removesuffix(_UTC) + "Z"
 
 
 def _default(value: Any) -> Any:

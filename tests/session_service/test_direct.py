@@ -113,3 +113,38 @@ async def test_requests_are_counted_under_their_routes(user: User) -> None:
     metrics = (await user.http.get(f"{base}/metrics")).text
     for path in ("/messages", "/align", "/turns", "/turns/{turn_id}/complete"):
         assert f'route="/api/v1/sessions/{{session_id}}{path}"' in metrics
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "",
+        "page=1&page_size=2",
+        "page=2&page_size=2",
+        "page=999&page_size=999",
+        "after_seq=2&limit=1",
+        "before_seq=3&limit=999",
+        "after_seq=1&before_seq=3",
+        "page=0",
+        "page=1000",
+        "page_size=1001",
+        "page_size=01",
+        "page_size=%EF%BC%91",
+        "limit=x",
+        "limit=",
+        "page=1&page=2",
+        "order=desc",
+        "order=odd",
+        "role=user",
+        "unknown=1",
+        "user_id=nobody",
+    ],
+)
+async def test_reading_messages_is_the_routes_reading(user: User, asked: str) -> None:
+    chat = await user.chat()
+    for number in range(5):
+        await chat.append(f"text {number}")
+    path = f"/sessions/{chat.id}/messages?user_id={user.id}&{asked}"
+    plain, keyed = await both(user, "GET", path)
+    same(plain, keyed)
+    assert plain.status_code in {200, 400, 404}

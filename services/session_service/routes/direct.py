@@ -1,11 +1,13 @@
-"""The calls of every turn (an append, lining up, opening, completing), served past FastAPI's layers.
+"""The calls of every turn (an append, lining up, opening, completing) and the plain reading of messages, served past
+FastAPI's layers.
 
 Its one invariant: what is served here is answered as its route would answer it; whatever is unusual about a request
 (a key, a bad id, another method) is left to the route.
 """
 
+import re
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Final
+from typing import Any, Final
 
 from fastapi import Request, Response
 from pydantic import TypeAdapter, ValidationError
@@ -54,12 +56,21 @@ async def _complete(request: Request, state: State, ids: Ids) -> Response:
     return await turns.complete_turn(**ids, result=result, writer=state.require_ready(), state=state)
 
 
-_CALLS: Final[dict[str, tuple[Call, str]]] = {
-    "messages": (_append, "/api/v1/sessions/{session_id}/messages"),
-    "align": (_align, "/api/v1/sessions/{session_id}/align"),
-    "turns": (_open, "/api/v1/sessions/{session_id}/turns"),
-    "complete": (_complete, "/api/v1/sessions/{session_id}/turns/{turn_id}/complete"),
+async def _list(request: Request, state: State, ids: Ids) -> Response:
+    numbers: dict[str, Any] = {name: int(value) for name, value in request.query_params.items() if name in _NUMBERS}
+    return await messages.list_messages(**ids, db=state.require_ready(), **numbers)
+
+
+_CALLS: Final[dict[tuple[str, str], tuple[Call, str]]] = {
+    ("POST", "messages"): (_append, "/api/v1/sessions/{session_id}/messages"),
+    ("POST", "align"): (_align, "/api/v1/sessions/{session_id}/align"),
+    ("POST", "turns"): (_open, "/api/v1/sessions/{session_id}/turns"),
+    ("POST", "complete"): (_complete, "/api/v1/sessions/{session_id}/turns/{turn_id}/complete"),
+    ("GET", "messages"): (_list, "/api/v1/sessions/{session_id}/messages"),
 }
+# With these alone a reading is plain; each is a number that its parameter takes.
+_NUMBERS: Final = frozenset({"page", "page_size", "after_seq", "before_seq", "limit"})
+_NUMBER: Final = re.compile(r"[1-9][0-9]{0,2}")
 
 
 class Direct:
@@ -69,15 +80,16 @@ class Direct:
         self._app = app
         self._state = state
         routes = [*messages.router.routes, *turns.router.routes]
-        posts = {each.path: each for each in routes if isinstance(each, Route) and "POST" in (each.methods or ())}
-        self._calls = {name: (call, posts[path]) for name, (call, path) in _CALLS.items()}
+        known = {
+            (method, each.path): each for each in routes if isinstance(each, Route) for method in each.methods or ()
+        }
+        self._calls = {name: (call, known[name[0], path]) for name, (call, path) in _CALLS.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        found = _found(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if found is not None:
-            name, in_path = found
+        found = _found(scope) if scope["type"] == "http" else None
+        if found is not None and (name := (scope["method"], found[0])) in self._calls:
             request = Request(scope, receive)
-            if (ids := _ids(request, in_path)) is not None:
+            if (ids := _ids(request, found[1])) is not None and (name[0] == "POST" or _is_plain(request)):
                 call, scope["route"] = self._calls[name]
                 response = await self._response(request, call, ids)
                 await response(scope, receive, send)
@@ -115,3 +127,11 @@ def _ids(request: Request, in_path: dict[str, str]) -> dict[str, str] | None:
     except ValidationError:
         return None
     return ids
+
+
+def _is_plain(request: Request) -> bool:
+    """Whether beside the user's id it asks for numbers only, each once, which every one of these parameters takes."""
+    asked = request.query_params.multi_items()
+    return len({name for name, _ in asked}) == len(asked) and all(
+        name == "user_id" or (name in _NUMBERS and _NUMBER.fullmatch(value)) for name, value in asked
+    )
