@@ -57,8 +57,9 @@ async def _complete(request: Request, state: State, ids: Ids) -> Response:
 
 
 async def _list(request: Request, state: State, ids: Ids) -> Response:
-    numbers: dict[str, Any] = {name: int(value) for name, value in request.query_params.items() if name in _NUMBERS}
-    return await messages.list_messages(**ids, db=state.require_ready(), **numbers)
+    numbers = {name: int(value) for name, value in request.query_params.items() if name in _NUMBERS}
+    asked: dict[str, Any] = {**ids, **numbers}
+    return await messages.list_messages(**asked, db=state.require_ready())
 
 
 _CALLS: Final[dict[tuple[str, str], tuple[Call, str]]] = {
