@@ -48,7 +48,7 @@ OWNER_LEFT_OUT_OF_A_LISTING = (
 )
 OWNER_LEFT_OUT_OF_CONTEXTS = (
     Change(
-        "services/session_service/context.py",
+        "services/session_service/recent.py",
         "_visible = and_(mine, table.c.superseded_at.is_(None))",
         '_visible = and_(table.c.session_id == bindparam("session_id"), table.c.superseded_at.is_(None))',
     ),

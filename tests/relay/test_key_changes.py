@@ -297,7 +297,10 @@ async def test_many_who_come_at_once_with_a_key_cost_one_look(admins: dict[str, 
         await transaction.start()
         await db.execute("LOCK TABLE dev.relay_api_keys IN ACCESS EXCLUSIVE MODE")
         asking = [asyncio.create_task(key.ask()) for _ in range(20)]
-        waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'dev.relay_api_keys'::regclass AND NOT granted"
+        waiting = (
+            "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)"
+            " WHERE relation = 'dev.relay_api_keys'::regclass AND NOT granted AND query LIKE '%key_hash%'"
+        )
 
         async def is_looked_for() -> bool:
             return bool(await db.fetchval(waiting))
