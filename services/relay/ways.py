@@ -13,7 +13,8 @@ from services.relay.accounts import Account
 from services.relay.sealing import Sealer, Unsealable
 from services.relay.settings import RelaySettings
 from services.relay.upstream import Upstream
-from services.relay.upstream.anthropic import AnthropicUpstream, Client, Timeouts, create_client
+from services.relay.upstream.anthropic import AnthropicUpstream, Timeouts
+from services.relay.upstream.client import Client, create_client
 from services.relay.upstream.demo import DemoUpstream
 
 log = structlog.get_logger(__name__)

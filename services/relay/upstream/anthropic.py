@@ -6,18 +6,16 @@ redirect followed), and the API key leaves only in the `x-api-key` header to `ba
 
 import asyncio
 import json
-import socket
 import string
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Self
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import httpx
-from aiohttp_socks import ProxyConnectionError, ProxyConnector, ProxyError, ProxyTimeoutError
+from aiohttp_socks import ProxyConnectionError, ProxyError, ProxyTimeoutError
 from yarl import URL
 
 from services.relay.upstream import (
@@ -30,15 +28,10 @@ from services.relay.upstream import (
     UpstreamUnreachable,
     encode_body,
 )
-from shared import __version__
-from shared.http_client import FAULTS, SLICE_BYTES, in_slices
+from services.relay.upstream.client import Client
+from shared.http_client import FAULTS
 
 DEFAULT_VERSION = "2023-06-01"
-KEEPALIVE_SECONDS = 30.0
-UNSENT_SECONDS = 120.0
-
-_USER_AGENT = f"session-relay/{__version__}"
-_READ_BUFFER_BYTES = 16 * 2**10
 
 _MODELS_AT_ONCE = 1000
 _MODELS_BYTES = 2**20
@@ -61,92 +54,6 @@ class Timeouts:
     connect_seconds: float = 10.0
     silence_seconds: float = 120.0
     plain_seconds: float = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Client:
-    """The HTTP client that all accounts with this proxy, or with none, share."""
-
-    session: aiohttp.ClientSession
-    proxy: URL | None = None
-    credentials: dict[str, str] = field(default_factory=dict, repr=False)
-    """The header that the proxy asks for."""
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        await self.session.close()
-
-    async def request(
-        self,
-        method: str,
-        url: URL,
-        *,
-        headers: dict[str, str],
-        timeout: aiohttp.ClientTimeout,
-        body: bytes | None = None,
-    ) -> aiohttp.ClientResponse:
-        """The answer once its head is there. An HTTP proxy reads its credentials in the request itself, or, where
-        that is encrypted, in the one for the tunnel."""
-        tunnel: dict[str, str] | None = None
-        if self.credentials:
-            if url.scheme == "https":
-                tunnel = self.credentials
-            else:
-                headers |= self.credentials
-        return await self.session.request(
-            method,
-            url,
-            data=body if body is None or len(body) <= SLICE_BYTES else in_slices(body),
-            headers=headers,
-            timeout=timeout,
-            allow_redirects=False,
-            proxy=self.proxy,
-            proxy_headers=tunnel,
-        )
-
-
-def create_client(proxy_url: str | None = None) -> Client:
-    """Close it with `aclose`. Raises ValueError for a proxy's URL that cannot be used.
-
-    No limit on connections: how many calls run at once is decided before they get here.
-    """
-    tls = httpx.create_ssl_context()
-    connector: aiohttp.BaseConnector
-    proxy: URL | None = None
-    credentials = {}
-    if proxy_url is not None and proxy_url.startswith("socks"):
-        connector = ProxyConnector.from_url(proxy_url, limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=tls, rdns=True)
-    else:
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=tls, socket_factory=_socket)
-        if proxy_url is not None:
-            parts = urlsplit(proxy_url)
-            proxy = URL(urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])))
-            if parts.username or parts.password:
-                user, password = unquote(parts.username or ""), unquote(parts.password or "")
-                credentials = {"Proxy-Authorization": aiohttp.encode_basic_auth(user, password)}
-    session = aiohttp.ClientSession(
-        connector=connector,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        read_bufsize=_READ_BUFFER_BYTES,
-        headers={"user-agent": _USER_AGENT, "accept-encoding": "identity"},
-    )
-    return Client(session, proxy, credentials)
-
-
-def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
-    """Closing a connection waits until what was written is sent: an upstream that takes no bytes must not
-    keep it for ever, nor may one whose machine is gone."""
-    family, kind, protocol, _, _ = address
-    made = socket.socket(family, kind, protocol)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if sys.platform == "linux":
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNSENT_SECONDS * 1000))
-    return made
 
 
 class AnthropicUpstream:

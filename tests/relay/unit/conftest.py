@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from hypothesis import settings
 
-from services.relay.upstream.anthropic import Client, create_client
+from services.relay.upstream.client import Client, create_client
 from tests.upstream.client import TestUpstream
 
 settings.register_profile("unit", deadline=None)  # a busy machine is no failure

@@ -24,7 +24,8 @@ from services.relay.upstream import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from services.relay.upstream.anthropic import AnthropicUpstream, Client, Timeouts, create_client
+from services.relay.upstream.anthropic import AnthropicUpstream, Timeouts
+from services.relay.upstream.client import Client, create_client
 from tests.upstream.client import TestUpstream
 
 KEY = "sk-very-secret-key"
