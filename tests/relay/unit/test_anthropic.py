@@ -323,6 +323,30 @@ async def test_a_proxy_in_the_environment_is_not_used(upstream: TestUpstream, mo
             assert answer.status == 200
 
 
+async def test_a_tunnel_is_asked_for_with_the_proxys_credentials() -> None:
+    """And with nothing of the account's; what upstream gets goes through it encrypted."""
+    heads: list[bytes] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with create_client(f"http://some%20one:p%3A%40@127.0.0.1:{port}") as client:
+            account = AnthropicUpstream(client, base_url="https://upstream.invalid/x", api_key=KEY)
+            with pytest.raises(UpstreamUnreachable):
+                await account.open(request())
+    (head,) = heads
+    lines = head.decode().split("\r\n")
+    credentials = base64.b64encode(b"some one:p:@").decode()
+    assert lines[0] == "CONNECT upstream.invalid:443 HTTP/1.1"
+    assert f"proxy-authorization: basic {credentials}".lower() in [line.lower() for line in lines]
+    assert KEY not in head.decode()
+    assert "anthropic" not in head.decode()
+
+
 async def test_300_streams_at_once(account: AnthropicUpstream, upstream: TestUpstream) -> None:
     """All of them open together: none waits for another's connection."""
     upstream.script({"repeat": 300, "hang_seconds": 1.0, "after_events": 3, "text": "word " * 20})
