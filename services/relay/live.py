@@ -13,6 +13,7 @@ from sqlalchemy import ARRAY, Text, bindparam, func, select
 
 from services.relay.conversation_schema import relay_conversations as table
 from shared.database import Conn
+from shared.errors import DatabaseUnavailable
 
 _PREFIX: Final = "conversation "
 CHANGED_AT = select(table.c.id, table.c.next_seq, table.c.wants_pause, table.c.wants_run, table.c.run_id).where(
@@ -56,10 +57,18 @@ class Live:
             self.wake(conversation_id)
 
     async def look(self) -> None:
-        """Wakes those whose conversation has changed since the last look; raises DatabaseUnavailable."""
+        """Wakes those whose conversation has changed since the last look.
+
+        Raises DatabaseUnavailable, and wakes all: none of them may wait on for what cannot be seen.
+        """
         if not self._watchers:
             return
-        found = {row["id"]: tuple(row) for row in await self._conn.rows(CHANGED_AT, ids=list(self._watchers))}
+        try:
+            rows = await self._conn.rows(CHANGED_AT, ids=list(self._watchers))
+        except DatabaseUnavailable:
+            self.wake_all()
+            raise
+        found = {row["id"]: tuple(row) for row in rows}
         for conversation_id in list(self._watchers):
             state = found.get(conversation_id, ())
             if self._seen.get(conversation_id) != state:
