@@ -16,6 +16,7 @@ from urllib.parse import unquote_to_bytes
 import structlog
 from prometheus_client import Histogram
 from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uuid_utils import uuid7
@@ -98,6 +99,8 @@ class Door:
                 await self._render(error, scope)(scope, receive, reply.send)
         except BrokenOff as broken:
             log.warning("answer_broken_off", reason=str(broken))
+        except ClientDisconnect:
+            pass  # there is nobody to answer; the log says CLIENT_GONE
         except Exception:
             log.exception("unhandled_error", method=scope["method"], path=scope["path"])
             if not reply.started:

@@ -122,12 +122,7 @@ def _state(settings: RelaySettings, database: Database, lifecycle: Lifecycle) ->
     secrets = development.secrets_of(settings)
     metrics = Metrics(settings.revision)
     instances = Instances([] if settings.consul_host else [settings.session_service_url.rstrip("/")])
-    tokens = settings.session_service_tokens
-    client = SessionClient(
-        instances,
-        token=tokens[0].get_secret_value() if tokens else "",
-        timeout_seconds=settings.relay_store_timeout_seconds,
-    )
+    client = _session_client(settings, instances)
     spool = Spool(settings.local_state / "spool", client, timeout_seconds=settings.relay_complete_timeout_seconds)
     spool.load()
     relay_id = str(uuid7())
@@ -144,13 +139,8 @@ def _state(settings: RelaySettings, database: Database, lifecycle: Lifecycle) ->
     pooled = SessionPool(database, pool, max_size=settings.relay_max_pool_size)
     summaries = Summaries(Summarizer(client, asking, metrics, key_limits), held, settings)
     limit = SessionLimit(client, max_sessions=settings.relay_max_sessions)
-    admission = Admission(
-        max_in_flight=settings.relay_max_in_flight,
-        max_queued=settings.relay_max_queued,
-        queue_seconds=settings.relay_queue_seconds,
-        requests_per_second=settings.relay_requests_per_second,
-    )
     events = EventLog(database, client)
+    admission = _admission(settings)
     parts = Parts(
         *(settings, client, asking, affinity, spool, metrics, admission, limit, records, key_limits, pooled, summaries),
         sides=Sides(client),
@@ -183,6 +173,21 @@ def _state(settings: RelaySettings, database: Database, lifecycle: Lifecycle) ->
         turns=turns,
         conversing=_conversing(parts, turns, database, secrets.pepper),
         uploads=Uploads(database),
+    )
+
+
+def _session_client(settings: RelaySettings, instances: Instances) -> SessionClient:
+    tokens = settings.session_service_tokens
+    token = tokens[0].get_secret_value() if tokens else ""
+    return SessionClient(instances, token=token, timeout_seconds=settings.relay_store_timeout_seconds)
+
+
+def _admission(settings: RelaySettings) -> Admission:
+    return Admission(
+        max_in_flight=settings.relay_max_in_flight,
+        max_queued=settings.relay_max_queued,
+        queue_seconds=settings.relay_queue_seconds,
+        requests_per_second=settings.relay_requests_per_second,
     )
 
 

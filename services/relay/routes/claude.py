@@ -6,7 +6,6 @@ A message is served past FastAPI's layers, by `Direct`; its routes here describe
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
-from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -19,7 +18,7 @@ from services.relay.routes.parameters import AppState, MessagesKey, caller_with
 from services.relay.routes.rendering import KIRO_PREFIX, request_id_of
 from services.relay.routes.replies import reply_of, unless_gone
 from services.relay.state import State
-from shared.door import answer, client_gone
+from shared.door import answer
 
 router = APIRouter(tags=["claude"])
 
@@ -125,11 +124,8 @@ class Direct:
             await self._app(scope, receive, send)
             return
         scope["route"] = self._routes[scope["path"]]
-        response = await self._response(Request(scope, receive))
+        request = Request(scope, receive)
+        key = await self._key_of(request, self._state)
+        response = await create_message(request, self._state, key)
+        del request  # a stream may run for minutes
         await response(scope, receive, send)
-
-    async def _response(self, request: Request) -> Response:
-        try:
-            return await create_message(request, self._state, await self._key_of(request, self._state))
-        except ClientDisconnect as gone:
-            return await client_gone(request, gone)

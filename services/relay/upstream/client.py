@@ -59,7 +59,7 @@ class Client:
             if url.scheme == "https":
                 tunnel = self.credentials
             else:
-                headers |= self.credentials
+                headers = headers | self.credentials
         return await self.session.request(
             method,
             url,

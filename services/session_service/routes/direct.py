@@ -11,7 +11,6 @@ from typing import Any, Final
 
 from fastapi import Request, Response
 from pydantic import TypeAdapter, ValidationError
-from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -21,7 +20,6 @@ from services.session_service.routes.parameters import if_match_of
 from services.session_service.state import State
 from shared import values, wire
 from shared.database import Violation
-from shared.door import client_gone, error_answer
 from shared.strict_route import read_body
 
 _PREFIX: Final = ["", "api", "v1", "sessions"]
@@ -80,30 +78,33 @@ class Direct:
     def __init__(self, app: ASGIApp, state: State) -> None:
         self._app = app
         self._state = state
-        routes = [*messages.router.routes, *turns.router.routes]
-        known = {
-            (method, each.path): each for each in routes if isinstance(each, Route) for method in each.methods or ()
-        }
+        routes = [each for each in (*messages.router.routes, *turns.router.routes) if isinstance(each, Route)]
+        known = {(method, each.path): each for each in routes for method in each.methods or ()}
         self._calls = {name: (call, known[name[0], path]) for name, (call, path) in _CALLS.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        found = _found(scope) if scope["type"] == "http" else None
-        if found is not None and (name := (scope["method"], found[0])) in self._calls:
-            request = Request(scope, receive)
-            if (ids := _ids(request, found[1])) is not None and (name[0] == "POST" or _is_plain(request)):
-                call, scope["route"] = self._calls[name]
-                response = await self._response(request, call, ids)
-                await response(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-    async def _response(self, request: Request, call: Call, ids: Ids) -> Response:
+        served = self._served(scope, receive) if scope["type"] == "http" else None
+        if served is None:
+            await self._app(scope, receive, send)
+            return
+        call, request, ids = served
         try:
-            return await call(request, self._state, ids)
+            response = await call(request, self._state, ids)
         except Violation as violation:
-            return error_answer(error_of(violation))
-        except ClientDisconnect as gone:
-            return await client_gone(request, gone)
+            raise error_of(violation) from violation
+        await response(scope, receive, send)
+
+    def _served(self, scope: Scope, receive: Receive) -> tuple[Call, Request, Ids] | None:
+        """What answers the request here, and what it is given; None where that is left to the route."""
+        found = _found(scope)
+        if found is None or (name := (scope["method"], found[0])) not in self._calls:
+            return None
+        request = Request(scope, receive)
+        ids = _ids(request, found[1])
+        if ids is None or (name[0] == "GET" and not _is_plain(request)):
+            return None
+        call, scope["route"] = self._calls[name]
+        return call, request, ids
 
 
 def _found(scope: Scope) -> tuple[str, dict[str, str]] | None:
