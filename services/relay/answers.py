@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from uuid_utils import uuid7
 
 from services.relay import prices
+from services.relay.arrays import REPLACED
 from services.relay.assembly import storable
-from services.relay.history import REPLACED
 from services.relay.upstream.demo_model import estimate_tokens, input_tokens
 from shared import wire
 from shared.json import dump_text

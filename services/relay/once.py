@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from services.relay import idempotency, replays
-from services.relay.history import Array
+from services.relay.arrays import Array
 from services.relay.idempotency import Earlier, Idempotency, Replay, Try
 from services.relay.outcomes import Ended
 from services.relay.parts import Caller, Parts

@@ -6,8 +6,9 @@ earlier messages are ever dropped, oldest first, because upstream takes four.
 
 from typing import Any
 
+from services.relay.arrays import blocks_of
 from services.relay.assembly import storable
-from services.relay.history import Opened, blocks_of
+from services.relay.history import Opened
 from services.relay.request import ClaudeRequest
 from shared import cache_marks
 

@@ -27,6 +27,7 @@ from services.relay import (
 )
 from services.relay.admission import Entry
 from services.relay.answers import Answer
+from services.relay.arrays import Array
 from services.relay.assembly import Assembly
 from services.relay.attempts import Attempt
 from services.relay.delivery import EVENT_STREAM, Delivery
@@ -138,7 +139,7 @@ class Turn:
         parts = self._parts
         choice = began.in_session(choice) if began else choice
         wishes = history.Wishes.of(self._caller.headers, parts.settings)
-        array = history.Array.of(self._request)
+        array = Array.of(self._request)
         async with AsyncExitStack() as held:
             deadline = monotonic() + wishes.wait_seconds
             async with self._interruption.watched():

@@ -6,6 +6,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from services.session_service import messages, sessions
 from services.session_service.creation import find_or_create
+from services.session_service.drafts import draft
 from services.session_service.leases import close_overdue
 from services.session_service.schema import sessions as table
 from services.session_service.sessions import NOW, IfVersion
@@ -33,7 +34,7 @@ async def append_batch(
 
     Raises VersionMismatch, SessionNotActive, TurnInProgress, or MessageExists for an id that is taken.
     """
-    drafts = [messages.draft(message) for message in batch.messages]
+    drafts = [draft(message) for message in batch.messages]
 
     async def work(conn: Conn) -> wire.BatchStored:
         locked = await find_or_create(conn, user_id, session_id, batch.create_session, if_match)

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import bindparam, func, literal_column, or_, select
 from sqlalchemy.dialects.postgresql import JSONB
 
-from services.session_service import messages, sessions, turns
+from services.session_service import drafts, messages, sessions, turns
 from services.session_service.rewind import supersede
 from services.session_service.schema import session_messages
 from services.session_service.schema import session_turns as table
@@ -148,7 +148,7 @@ class _Completion:
             COMPLETE,
             user_id=self._user_id,
             session_id=self._session_id,
-            **messages.parameters(self._drafts),
+            **drafts.parameters(self._drafts),
             **{name: getattr(self._answer, name) for name in _TOLD},
             turn_id=self._turn_id,
             completion_hash=self._hash,
@@ -161,12 +161,12 @@ class _Completion:
         place = (values["user_id"], values["session_id"], values.pop("last_seq"), values["last_activity"])
         return wire.TurnCompleted.model_construct(
             turn=turn,
-            messages=messages.stored(self._drafts, *place),
+            messages=drafts.stored(self._drafts, *place),
             session=sessions.from_values(values),
         )
 
 
-def _drafts(answer: wire.CompleteTurn) -> list[messages.Draft]:
+def _drafts(answer: wire.CompleteTurn) -> list[drafts.Draft]:
     """The answer's messages; its last assistant message gets the call's figures where it has none of its own."""
     last = max((place for place, each in enumerate(answer.messages) if each.role == "assistant"), default=-1)
     counts = {name: _count(answer.usage, name) for name in TOKEN_COUNTS}
@@ -174,7 +174,7 @@ def _drafts(answer: wire.CompleteTurn) -> list[messages.Draft]:
     # With one assistant message, all output tokens are its share; of several nobody tells the shares.
     reported = counts["output_tokens"] if outputs == 1 else 0
     return [
-        messages.draft(
+        drafts.draft(
             message,
             tokens_used=min(sum(counts.values()), 2**31 - 1) if place == last else 0,
             cost_usd=(answer.cost_usd or Decimal(0)) if place == last else Decimal(0),

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from services.session_service import memories, tokens
+from services.session_service.drafts import Draft
 from services.session_service.formats import to_format
-from services.session_service.messages import Draft
 from services.session_service.recent import Recent
 from services.session_service.repairs import Piece, Repaired, repair
 from services.session_service.sessions import Detail

@@ -5,7 +5,7 @@ Its one invariant: in the openai shape the tool messages of an assistant message
 
 from typing import Any
 
-from services.session_service.messages import text_of
+from services.session_service.drafts import text_of
 from shared.json import dump_text
 
 

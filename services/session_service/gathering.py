@@ -11,7 +11,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy import ARRAY, and_, bindparam, func, insert, select
 
-from services.session_service.messages import ARRAYS, JSON_ARRAYS, Draft
+from services.session_service.drafts import ARRAYS, JSON_ARRAYS, Draft
 from services.session_service.schema import session_messages as table
 from services.session_service.schema import sessions as _session
 from services.session_service.sessions import TOUCHED, active, lease_is_over

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from services.session_service import messages
+from services.session_service import drafts
 from shared import values, wire
 
 _CLOCKS_APART = timedelta(days=1)
@@ -90,12 +90,12 @@ class Message(wire.NewMessage):
             raise ValueError("A message has content or content_blocks")
         return self
 
-    def draft(self) -> messages.Draft:
+    def draft(self) -> drafts.Draft:
         names = ("role", "message_type", "tokens_used", "cost_usd", "metadata", "native")
         values = {name: getattr(self, name) for name in names}
         content = self.content_blocks if self.content_blocks is not None else self.content or ""
         new = wire.NewMessage.model_construct(content=content, message_id=self.message_id, **values)
-        return messages.draft(new, reported_tokens=self.context_tokens if self.context_tokens_reported else None)
+        return drafts.draft(new, reported_tokens=self.context_tokens if self.context_tokens_reported else None)
 
 
 class Memory(wire.NewMemory):

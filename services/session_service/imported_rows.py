@@ -15,8 +15,8 @@ from sqlalchemy.dialects.postgresql import insert as insert_or
 from uuid_utils import uuid7
 
 from services.session_service import messages, sessions
+from services.session_service.drafts import ARRAYS, JSON_ARRAYS
 from services.session_service.imported import Header, Memory, Message, Turn
-from services.session_service.messages import ARRAYS, JSON_ARRAYS
 from services.session_service.schema import session_memories, session_messages, session_turns
 from services.session_service.schema import sessions as table
 from services.session_service.sessions import SECOND

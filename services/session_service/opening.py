@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy import bindparam, insert, literal_column, or_, select
 from uuid_utils import uuid7
 
-from services.session_service import context, creation, messages, sessions
+from services.session_service import context, creation, drafts, messages, sessions
 from services.session_service.leases import close_overdue
 from services.session_service.rewind import supersede_after
 from services.session_service.schema import OPEN, session_messages
@@ -124,7 +124,7 @@ class _Opening:
         self._request = request
         self._if_match = if_match
         self._budget = context.Budget.of(request.context, default_max_tokens)
-        self._drafts = [messages.draft(message) for message in request.messages]
+        self._drafts = [drafts.draft(message) for message in request.messages]
         self._turn_id = request.turn_id or str(uuid7())
         self._lease_token = secrets.token_urlsafe(24)
 
@@ -189,7 +189,7 @@ class _Opening:
             statement,
             **self._key,
             **state,
-            **messages.parameters(self._drafts),
+            **drafts.parameters(self._drafts),
             turn_id=self._turn_id,
             lease_token=self._lease_token,
             lease_seconds=self._request.lease_seconds,
@@ -203,6 +203,6 @@ class _Opening:
             lease_token=self._lease_token,
             lease_expires_at=values.pop("lease_expires_at"),
             session=sessions.from_values(values),
-            messages=messages.stored(self._drafts, *place),
+            messages=drafts.stored(self._drafts, *place),
             context=built,
         )

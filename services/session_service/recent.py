@@ -10,7 +10,8 @@ import sqlalchemy as sa
 from sqlalchemy import and_, bindparam, case, func, select
 from sqlalchemy.sql.elements import ColumnElement
 
-from services.session_service.messages import Draft, mine
+from services.session_service.drafts import Draft
+from services.session_service.messages import mine
 from services.session_service.repairs import Piece
 from services.session_service.schema import session_messages as table
 from services.session_service.sessions import Detail

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.relay import history
+from services.relay.arrays import Array
 from services.relay.request import ClaudeRequest
 from services.relay.session_ids import Choice
 from services.relay.settings import RelaySettings
@@ -308,7 +309,7 @@ async def test_a_session_that_is_rewound_before_it_is_forked(
     meddled.to_seq = to_seq
     asked = [*stored[:4], user("other")]
     wishes = history.Wishes.of(FORK, RelaySettings(environment="test", data_dir=tmp_path))
-    array = history.Array.of(ClaudeRequest({"messages": asked}, None))
+    array = Array.of(ClaudeRequest({"messages": asked}, None))
     opening = history.Opening(key, Choice("original", "named"), array, wishes)
     forked_turn = await history.open_turn(meddled, opening, wait_seconds=1)
     assert forked_turn.key != key

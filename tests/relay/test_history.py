@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from services.relay import history
+from services.relay.arrays import Array
 from services.relay.request import ClaudeRequest
 from services.relay.session_ids import Choice
 from services.relay.settings import RelaySettings
@@ -701,7 +702,7 @@ async def test_who_waits_at_an_instance_that_stops_waits_on_at_another(
         instances = Instances([leaving.url])
         client = SessionClient(instances)
         held = await client.open_turn(key, wire.OpenTurn(messages=[said], create_session=wire.CreateSessionInTurn()))
-        array = history.Array.of(ClaudeRequest({"messages": [user("second")]}, None))
+        array = Array.of(ClaudeRequest({"messages": [user("second")]}, None))
         wishes = history.Wishes.of({}, RelaySettings(environment="test", data_dir=tmp_path))
         opening = history.Opening(key, Choice("busy", "named"), array, wishes)
         waiting = asyncio.create_task(history.open_turn(client, opening, wait_seconds=20))

@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 
 from services.relay import answers, prompt, request, session_ids
 from services.relay.answers import Answer
+from services.relay.arrays import Array
 from services.relay.errors import InvalidRequest
-from services.relay.history import Array, Opened
+from services.relay.history import Opened
 from services.relay.lines import Lines
+from services.relay.live import Live
 from services.relay.pipe import Pipe
 from services.relay.session_ids import Choice
 from shared import values, wire
-from shared.errors import TurnInProgress
+from shared.database import Database
+from shared.errors import DatabaseUnavailable, TurnInProgress
 from shared.json import dumps
 from shared.session_client import SessionKey
 
@@ -90,6 +93,19 @@ async def test_a_pipe_that_was_cut_ends_with_one_piece() -> None:
     await pipe.put(b"more")
     assert await pipe.get(1) == b"error"
     assert await pipe.get(1) == b""
+
+
+# ── live ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_who_watches_is_woken_when_the_database_cannot_be_looked_at() -> None:
+    """Each finds out by looking by itself; it would wait on for a change that nobody can tell."""
+    live = Live(Database("postgresql://127.0.0.1:1/nowhere", schema="dev"))  # never opened
+    await live.look()  # nobody watches, so that nothing is asked
+    with live.watching("one") as first, live.watching("two") as second:
+        with pytest.raises(DatabaseUnavailable):
+            await live.look()
+        assert (first.is_set(), second.is_set()) == (True, True)
 
 
 # ── lines ───────────────────────────────────────────────────────────────────────────────────────
