@@ -19,6 +19,7 @@ from shared.json import dump_text
 T = TypeVar("T")
 _PLACE = re.compile(r"\$(\d+)")
 _SEQS_BACK = 40
+_IS_FIRST = "is_first"
 
 
 @dataclass(slots=True)
@@ -74,11 +75,14 @@ class Script:
         return "\n".join(self.lines) + "\n"
 
 
-def script_of(seen: list[Seen], variables: dict[str, str], *, before: tuple[str, ...] = ()) -> Script:
+def script_of(
+    seen: list[Seen], variables: dict[str, str], *, before: tuple[str, ...] = (), reads_once: bool = False
+) -> Script:
     """The script of these statements. `variables` say what stands for a parameter, by its name.
 
     Once a statement has read the session, the seqs of later ones are reckoned from the last_seq that it gave, and the
-    version and time that they ask for are the ones that it gave.
+    version and times that they ask for are the ones that it gave. With `reads_once` it is run in a client's first
+    round only, and what the last statement gives stands for it in the next.
     """
     script = Script([*before])
     read: Row | None = None
@@ -93,9 +97,14 @@ def script_of(seen: list[Seen], variables: dict[str, str], *, before: tuple[str,
         sql = _filled(each.sql, filled)
         if read is None and each.rows and "last_seq" in each.rows[0].keys():  # noqa: SIM118 - of a Record
             read = each.rows[0]
+            once = [f"\\if :{_IS_FIRST}", f"{sql} \\gset", f"\\set {_IS_FIRST} 0", "\\endif"]
+            script.lines += once if reads_once else [f"{sql} \\gset"]
+        elif reads_once and each is seen[-1]:
             script.lines.append(f"{sql} \\gset")
         else:
             script.lines.append(f"{sql};")
+    if reads_once:
+        script.constants[_IS_FIRST] = "1"
     return script
 
 
@@ -106,7 +115,7 @@ def _argument(script: Script, number: str, name: str, value: Any, read: Row | No
     if read is not None and name.endswith("_seq") and _is_near(value, read["last_seq"]):
         script.lines.append(f"\\set v{number} :last_seq + {value - read['last_seq']}")
         return f":v{number}"
-    if read is not None and name in {"version", "created_at"}:
+    if read is not None and name in {"version", "created_at", "updated_at"}:
         return f":{name}"
     script.constants[f"p{number}"] = as_text(value)
     return f":p{number}"

@@ -14,7 +14,8 @@ from benchmarks.load.store import TEXT, Turns
 from benchmarks.stack import Stack
 from benchmarks.statements import Recorder, Script, script_of
 from benchmarks.ways import shared
-from services.session_service import batches, completion, opening
+from services.session_service import batches, completion, opening, sessions
+from services.session_service.known import KnownSessions
 from shared import wire
 
 _CONTEXT_MESSAGES = 20
@@ -41,23 +42,28 @@ def _answer(lease_token: str) -> wire.CompleteTurn:
 
 
 def _script(url: str, user_id: str) -> Script:
-    """One turn whose context has 20 messages, for as many clients as there are connections, a session each."""
+    """One turn whose context has 20 messages, for as many clients as there are connections, a session each.
+
+    The service knows the session from the turn before, so that what reads it is run once.
+    """
 
     async def turn(recorder: Recorder) -> None:
         texts = [wire.NewMessage(role="assistant" if n % 2 else "user", content=TEXT) for n in range(Turns.prefilled)]
         batch = wire.Batch(messages=texts, create_session=wire.CreateSessionInTurn())
         for number in range(CONNECTIONS):
             await batches.append_batch(recorder, user_id, str(number), batch)
+        known = KnownSessions(1)
         included = 0
         while abs(included - _CONTEXT_MESSAGES) > 1:  # windows have odd numbers of messages
             recorder.seen.clear()
-            opened = await opening.open_turn(recorder, user_id, "0", _OPENING, default_max_tokens=100_000)
+            await sessions.look(recorder, user_id, "0")
+            opened = await opening.open_turn(recorder, user_id, "0", _OPENING, default_max_tokens=100_000, known=known)
             included = len(opened.context.messages)
             answer = _answer(opened.lease_token)
-            await completion.complete(recorder.as_database(), user_id, "0", opened.turn_id, answer)
+            await completion.complete(recorder, user_id, "0", opened.turn_id, answer, known=known)
 
     before = (*NEXT_ID, "\\set turn_id :message_id")
-    script = script_of(recorded(url, turn), _VARIABLES, before=before)
+    script = script_of(recorded(url, turn), _VARIABLES, before=before, reads_once=True)
     # The turn stores two messages.
     second = max(place for place, line in enumerate(script.lines) if ":message_id" in line)
     script.lines.insert(second, "\\set n :n + 1")

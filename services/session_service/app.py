@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Scope
 from services.session_service import news, retention, revision
 from services.session_service.errors import error_of
 from services.session_service.gathering import Gathering
+from services.session_service.known import KnownSessions
 from services.session_service.metrics import Metrics
 from services.session_service.routes import health, memories, messages, search, sessions, stats, transfer, turns
 from services.session_service.routes.direct import Direct
@@ -44,7 +45,13 @@ def create_app(settings: SessionServiceSettings, database: Database, lifecycle: 
     """The ASGI app of one session_service; it opens and closes `database`."""
     metrics = Metrics(settings.revision)
     state = State(
-        settings, lifecycle, database, metrics, Cached(database, settings.stats_cache_seconds), Gathering(database)
+        settings,
+        lifecycle,
+        database,
+        metrics,
+        stats=Cached(database, settings.stats_cache_seconds),
+        gathering=Gathering(database),
+        known=KnownSessions(settings.known_sessions),
     )
     app = FastAPI(
         title="session_service",

@@ -14,6 +14,7 @@ from sqlalchemy import bindparam, func, literal_column, or_, select
 from sqlalchemy.dialects.postgresql import JSONB
 
 from services.session_service import drafts, messages, sessions, turns
+from services.session_service.known import KnownSessions
 from services.session_service.rewind import supersede
 from services.session_service.schema import session_messages
 from services.session_service.schema import session_turns as table
@@ -93,7 +94,7 @@ OUTPUT = (
 
 
 async def complete(
-    writer: Writer, user_id: str, session_id: str, turn_id: str, answer: wire.CompleteTurn
+    writer: Writer, user_id: str, session_id: str, turn_id: str, answer: wire.CompleteTurn, *, known: KnownSessions
 ) -> wire.TurnCompleted:
     """Stores the answer and closes the turn, in one transaction; the same call again gives the same answer.
 
@@ -103,7 +104,10 @@ async def complete(
     completion = _Completion(user_id, session_id, turn_id, answer)
     if answer.status != "refused":
         with suppress(_NotAtOnce, Violation):
-            return await writer.write(completion.at_once)
+            completed = await writer.write(completion.at_once)
+            completion.make_known(known, completed)
+            return completed
+    known.forget((user_id, session_id))
     return await writer.transact(completion.step_by_step)
 
 
@@ -126,6 +130,13 @@ class _Completion:
         if completed is None:
             raise _NotAtOnce
         return completed
+
+    def make_known(self, known: KnownSessions, completed: wire.TurnCompleted) -> None:
+        """What is known of the session, as this completion has left it."""
+        before = known.get((self._user_id, self._session_id))
+        after = before and before.completed(completed.session, self._drafts)
+        if after is not None:
+            known.put(after)
 
     async def step_by_step(self, conn: Conn) -> wire.TurnCompleted:
         locked = await sessions.lock(conn, self._user_id, self._session_id)

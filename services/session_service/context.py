@@ -9,20 +9,16 @@ caches hit. Reading never moves it.
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from services.session_service import memories, tokens
-from services.session_service.drafts import Draft
 from services.session_service.formats import to_format
 from services.session_service.recent import Recent
-from services.session_service.repairs import Piece, Repaired, repair
-from services.session_service.sessions import Detail
+from services.session_service.repairs import Repaired, repair
 from services.session_service.window import Entry, Window, choose
 from shared import wire
 from shared.canonical import canonical_blocks
-from shared.database import Conn
 from shared.errors import ContextTooSmall
 
 _SUMMARY_HEADING: Final = "Summary of the earlier conversation:\n"
@@ -36,6 +32,10 @@ class Budget:
     max_messages: int | None
     memories: bool = False
     format: str = "claude"
+
+    @property
+    def limits(self) -> Window:
+        return Window(self.max_tokens, self.max_messages)
 
     @classmethod
     def of(cls, options: wire.ContextOptions | None, default_max_tokens: int) -> "Budget":
@@ -64,21 +64,19 @@ class _System:
             self.tokens += part_tokens
 
 
-async def build(
-    conn: Conn, found: Detail, budget: Budget, *, moves: bool, ahead: Sequence[Draft] = ()
-) -> tuple[wire.Context, int]:
+async def build(recent: Recent, budget: Budget, *, moves: bool) -> tuple[wire.Context, int]:
     """The context, and where its window starts; with `moves` a window over the budget takes its large step.
 
-    `moves` is for an opening turn, which is about to store what is `ahead`. Raises ContextTooSmall when the newest user
-    message cannot fit.
+    `recent` has been read within the budget's limits. `moves` is for an opening turn. Raises ContextTooSmall when the
+    newest user message cannot fit.
     """
-    recent = await Recent.read(conn, found, Window(budget.max_tokens, budget.max_messages), ahead)
+    found = recent.found
     entries, is_whole = recent.entries, recent.is_whole
     asked = next((entry for entry in reversed(entries) if entry.role == "user"), None)
     asked_tokens = asked.tokens if asked else 0
     if asked_tokens > budget.max_tokens:
         raise _too_small(asked_tokens, budget)
-    system = await _system_of(conn, found, recent.system, budget, room_tokens=budget.max_tokens - asked_tokens)
+    system = await _system_of(recent, budget, room_tokens=budget.max_tokens - asked_tokens)
     limits = Window(
         max_tokens=budget.max_tokens - system.tokens,
         max_messages=None if budget.max_messages is None else budget.max_messages - len(system.seqs),
@@ -89,7 +87,7 @@ async def build(
         is_cut = not is_whole or len(seqs) < len(entries)
         answers = asked is None or any(piece.seq == asked.seq for piece in done.included)
         if used <= limits.max_tokens and (answers or not (moves and is_cut)):
-            left_out = await _left_out(recent, found, seqs, done, system)
+            left_out = await _left_out(recent, seqs, done, system)
             return _context(done, system, used, start_seq, left_out, budget), start_seq
     raise _too_small(_needed(entries, system), budget)
 
@@ -113,11 +111,11 @@ def _too_small(needed: int, budget: Budget) -> ContextTooSmall:
     )
 
 
-async def _system_of(conn: Conn, found: Detail, messages: list[Piece], budget: Budget, *, room_tokens: int) -> _System:
+async def _system_of(recent: Recent, budget: Budget, *, room_tokens: int) -> _System:
     """System messages, summary and memories, in this order of worth, as far as there is room."""
     system = _System([], 0, [], [])
     most = None if budget.max_messages is None else budget.max_messages - 1
-    for message in messages:
+    for message in recent.system:
         fits = system.tokens + message.tokens <= room_tokens and (most is None or len(system.seqs) < most)
         if fits:
             system.parts.insert(0, str(message.content))
@@ -125,11 +123,11 @@ async def _system_of(conn: Conn, found: Detail, messages: list[Piece], budget: B
             system.tokens += message.tokens
         else:
             system.left_out.append(wire.LeftOut(from_seq=message.seq, to_seq=message.seq, reason="budget"))
-    if found.session.session_summary.strip():
-        system.add_if_fits(_SUMMARY_HEADING + found.session.session_summary, room_tokens)
+    session = recent.found.session
+    if session.session_summary.strip():
+        system.add_if_fits(_SUMMARY_HEADING + session.session_summary, room_tokens)
     if budget.memories:
-        session = found.session
-        listed = await memories.list_memories(conn, session.user_id, session.session_id, limit=_MEMORIES_LIMIT)
+        listed = await memories.list_memories(recent.conn, session.user_id, session.session_id, limit=_MEMORIES_LIMIT)
         lines: list[str] = []
         for memory in listed.memories:
             longer = [f"- {memory.content}", *lines]
@@ -144,13 +142,11 @@ async def _system_of(conn: Conn, found: Detail, messages: list[Piece], budget: B
 # ── the receipt ─────────────────────────────────────────────────────────────────────────────────
 
 
-async def _left_out(
-    recent: Recent, found: Detail, seqs: list[int], done: Repaired, system: _System
-) -> list[wire.LeftOut]:
+async def _left_out(recent: Recent, seqs: list[int], done: Repaired, system: _System) -> list[wire.LeftOut]:
     """What the context lacks of the visible history, in order of seq."""
     left_out = [*system.left_out, *done.left_out]
     first_kept = seqs[0] if seqs else recent.end_seq
-    earlier = await recent.first_before(first_kept) if first_kept > found.first_seq else None
+    earlier = await recent.first_before(first_kept) if first_kept > recent.found.first_seq else None
     if earlier is not None:
         left_out.append(wire.LeftOut(from_seq=earlier, to_seq=first_kept - 1, reason="before_window"))
     kept = set(seqs)

@@ -13,7 +13,9 @@ from sqlalchemy import bindparam, insert, literal_column, or_, select
 from uuid_utils import uuid7
 
 from services.session_service import context, creation, drafts, messages, sessions
+from services.session_service.known import Known, KnownSessions
 from services.session_service.leases import close_overdue
+from services.session_service.recent import Recent, Stretch
 from services.session_service.rewind import supersede_after
 from services.session_service.schema import OPEN, session_messages
 from services.session_service.schema import session_turns as table
@@ -60,6 +62,8 @@ OPEN_TURN = _opening(
         sessions.mine,
         _session.c.version == bindparam("version", type_=sa.BigInteger),
         _session.c.created_at == bindparam("created_at", type_=sa.TIMESTAMP(timezone=True)),
+        # Each write has a time of its own; a version may come again, where the database has lost its newest writes.
+        _session.c.updated_at == bindparam("updated_at", type_=sa.TIMESTAMP(timezone=True)),
         or_(sessions.IS_HELD, sessions.active),
     )
     .values(**messages.COUNTED, **MOVED, **_taken)
@@ -94,16 +98,21 @@ async def open_turn(
     request: wire.OpenTurn,
     *,
     default_max_tokens: int,
+    known: KnownSessions,
     if_match: IfVersion | None = None,
 ) -> wire.TurnOpened:
     """Finds or makes the session, takes back what the request rewinds, stores its messages, opens the turn.
 
     All of it at once. Raises TurnInProgress where another turn is open; waiting is waiting.py's.
     """
-    opening = _Opening(user_id, session_id, request, default_max_tokens, if_match)
+    opening = _Opening(user_id, session_id, request, default_max_tokens, known.get((user_id, session_id)), if_match)
     # What is wrong, or whether it still is, is found out with the session locked.
     with suppress(_NotAtOnce, ContextTooSmall, ValidationFailed, Violation):
-        return await writer.write(opening.at_once)
+        opened = await writer.write(opening.at_once)
+        if opening.left is not None:
+            known.put(opening.left)
+        return opened
+    known.forget((user_id, session_id))
     return await writer.transact(opening.step_by_step)
 
 
@@ -112,14 +121,19 @@ class _NotAtOnce(Exception):
 
 
 class _Opening:
+    """`left` is the session as the turn has left it, once it is opened; good for as long as that is committed."""
+
     def __init__(
         self,
         user_id: str,
         session_id: str,
         request: wire.OpenTurn,
         default_max_tokens: int,
+        known: Known | None,
         if_match: IfVersion | None,
     ) -> None:
+        self.left: Known | None = None
+        self._known = known
         self._key = {"user_id": user_id, "session_id": session_id}
         self._request = request
         self._if_match = if_match
@@ -129,16 +143,28 @@ class _Opening:
         self._lease_token = secrets.token_urlsafe(24)
 
     async def at_once(self, conn: Conn) -> wire.TurnOpened:
-        """As nearly every turn is opened: the session is only read, until one statement writes all."""
-        try:
-            found = await sessions.look(conn, **self._key)
-        except SessionNotFound:
-            opened = await self._open_first(conn)
-        else:
-            opened = await self._open(conn, found, is_held=False) if self._may_take(found) else None
+        """As nearly every turn is opened: the session is known or only read, until one statement writes all."""
+        opened = await self._as_known(conn)
+        if opened is None:
+            opened = await self._as_read(conn)
         if opened is None:
             raise _NotAtOnce
         return opened
+
+    async def _as_known(self, conn: Conn) -> wire.TurnOpened | None:
+        known, self._known = self._known, None  # only once: it may have to be done again because it was wrong
+        if known is None or not self._may_take(known.found):
+            return None
+        with suppress(ContextTooSmall, ValidationFailed):
+            return await self._open(conn, known.found, known.stretch, is_held=False)
+        return None
+
+    async def _as_read(self, conn: Conn) -> wire.TurnOpened | None:
+        try:
+            found = await sessions.look(conn, **self._key)
+        except SessionNotFound:
+            return await self._open_first(conn)
+        return await self._open(conn, found, is_held=False) if self._may_take(found) else None
 
     def _may_take(self, found: Detail) -> bool:
         options, rewind_to_seq = self._request.create_session, self._request.rewind_to_seq
@@ -160,22 +186,23 @@ class _Opening:
         assert opened is not None  # noqa: S101 - the session is locked, so it is as it was
         return opened
 
-    async def _open(self, conn: Conn, found: Detail, *, is_held: bool) -> wire.TurnOpened | None:
+    async def _open(
+        self, conn: Conn, found: Detail, stretch: Stretch | None = None, *, is_held: bool
+    ) -> wire.TurnOpened | None:
         if not self._drafts:
             await self._require_user_last(conn)
-        built, window_start_seq = await context.build(conn, found, self._budget, moves=True, ahead=self._drafts)
-        state = {"version": found.session.version, "created_at": found.session.created_at, "is_held": is_held}
-        return await self._store(conn, OPEN_TURN, built, window_start_seq=window_start_seq, **state)
+        recent = await Recent.read(conn, found, self._budget.limits, self._drafts, stretch)
+        session = found.session
+        state = {"version": session.version, "created_at": session.created_at, "updated_at": session.updated_at}
+        return await self._store(OPEN_TURN, recent, self._budget, **state, is_held=is_held)
 
     async def _open_first(self, conn: Conn) -> wire.TurnOpened | None:
         options = self._request.create_session
         if options is None or self._if_match is not None or self._request.rewind_to_seq or not self._drafts:
             return None
-        unmade = sessions.unmade(**self._key)
+        recent = await Recent.read(conn, sessions.unmade(**self._key), self._budget.limits, self._drafts)
         budget = replace(self._budget, memories=False)  # it can have none
-        built, window_start_seq = await context.build(conn, unmade, budget, moves=True, ahead=self._drafts)
-        state = creation.values(options)
-        return await self._store(conn, OPEN_FIRST, built, window_start_seq=window_start_seq, **state)
+        return await self._store(OPEN_FIRST, recent, budget, **creation.values(options))
 
     async def _require_user_last(self, conn: Conn) -> None:
         role = await conn.value(LAST_VISIBLE_ROLE, **self._key)
@@ -183,13 +210,15 @@ class _Opening:
             raise ValidationFailed.at("body", "messages", msg="May be empty only when the last message is the user's")
 
     async def _store(
-        self, conn: Conn, statement: sa.Select[Any], built: wire.Context, **state: Any
+        self, statement: sa.Select[Any], recent: Recent, budget: context.Budget, **state: Any
     ) -> wire.TurnOpened | None:
-        row = await conn.row(
+        built, window_start_seq = await context.build(recent, budget, moves=True)
+        row = await recent.conn.row(
             statement,
             **self._key,
             **state,
             **drafts.parameters(self._drafts),
+            window_start_seq=window_start_seq,
             turn_id=self._turn_id,
             lease_token=self._lease_token,
             lease_seconds=self._request.lease_seconds,
@@ -197,12 +226,24 @@ class _Opening:
         if row is None:
             return None
         values = dict(row.items())
-        place = (values["user_id"], values["session_id"], values.pop("last_seq"), values["last_activity"])
+        last_seq = values.pop("last_seq")
+        lease_expires_at = values.pop("lease_expires_at")
+        session = sessions.from_values(values)
+        if stretch := recent.from_window(window_start_seq):
+            found = replace(
+                recent.found,
+                session=session,
+                last_seq=last_seq,
+                window_start_seq=window_start_seq,
+                latest_turn_id=self._turn_id,
+                lease_left_seconds=self._request.lease_seconds,
+            )
+            self.left = Known(found, stretch)
         return wire.TurnOpened.model_construct(
             turn_id=self._turn_id,
             lease_token=self._lease_token,
-            lease_expires_at=values.pop("lease_expires_at"),
-            session=sessions.from_values(values),
-            messages=drafts.stored(self._drafts, *place),
+            lease_expires_at=lease_expires_at,
+            session=session,
+            messages=drafts.stored(self._drafts, session.user_id, session.session_id, last_seq, session.last_activity),
             context=built,
         )

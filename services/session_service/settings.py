@@ -19,6 +19,7 @@ class SessionServiceSettings(SharedSettings):
     context_max_tokens: int = Field(100_000, ge=1)
     sweep_interval_seconds: float = Field(300, gt=0)
     news_interval_seconds: float = Field(0.5, ge=0, description="Search index and sums; 0: not by this instance")
+    known_sessions: int = Field(500, ge=0, description="Their next turn need not read them; 0: none")
     # The sums of many sessions are a moment old when they are read; together it must not be more than 5 s.
     stats_cache_seconds: float = Field(4, ge=0, le=5)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from services.session_service.gathering import Gathering
 from services.session_service.idempotency import Running
+from services.session_service.known import KnownSessions
 from services.session_service.metrics import Metrics
 from services.session_service.settings import SessionServiceSettings
 from services.session_service.stats import Cached
@@ -24,6 +25,7 @@ class State:
     metrics: Metrics
     stats: Cached
     gathering: Gathering
+    known: KnownSessions
     lines: Lines = field(default_factory=Lines)
     running: Running = field(default_factory=Running)
     ready: asyncio.Event = field(default_factory=asyncio.Event)

@@ -113,4 +113,21 @@ async def test_a_turn_takes_few_round_trips(wired: tuple[User, Wire]) -> None:
     for name in ("warm", "counted"):  # at first statements are prepared
         chat = Chat(user, name)
         found = [await turn(chat), await turn(chat), await turn(chat, **rewinding), await append(chat)]
-    assert found == [(2, 1), (3, 1), (3, 1), 1]
+        # What came between was not known; then it is.
+        after = [await turn(chat), await turn(chat)]
+    assert found == [(2, 1), (1, 1), (1, 1), 1]
+    assert after == [(4, 1), (1, 1)]
+
+
+async def test_turns_whose_window_has_moved_take_no_more(wired: tuple[User, Wire]) -> None:
+    user, wire = wired
+    chat = Chat(user, "s")
+    spent = []
+    for _ in range(8):
+        before = wire.round_trips
+        opened = await chat.turn(said("q"), create_session={}, context={"max_messages": 6})
+        spent.append(wire.round_trips - before)
+        await Turn(chat, fine(opened)).complete(said("a", "assistant"))
+    assert opened.json()["context"]["receipt"]["left_out"]
+    # Where it moves first, the session's beginning is looked for; at first statements are prepared.
+    assert spent[1:] == [1, 1, 2, 1, 1, 1, 1]

@@ -8,6 +8,7 @@ from services.session_service import creation, erasure, forks, listing, rewind, 
 from services.session_service.routes.creating import CreatingRoute, Writes, creating_errors
 from services.session_service.routes.parameters import (
     TAGGED,
+    AppState,
     Cursor,
     Db,
     IfMatch,
@@ -142,6 +143,8 @@ async def fork_session(
 
 
 @router.delete("/users/{user_id}", response_model=wire.Erased, responses=errors(), tags=["users"])
-async def erase_user(user_id: UserIdInPath, db: Db) -> Response:
+async def erase_user(user_id: UserIdInPath, db: Db, state: AppState) -> Response:
     """Erases everything of a user."""
-    return answer({"deleted": await erasure.erase(db, user_id)})
+    deleted = await erasure.erase(db, user_id)
+    state.known.forget_user(user_id)
+    return answer({"deleted": deleted})

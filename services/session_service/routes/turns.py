@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from services.session_service import completion, context, opening, sessions, turns
+from services.session_service.recent import Recent
 from services.session_service.routes.creating import CreatingRoute, Writes, creating_errors
 from services.session_service.routes.parameters import (
     AppState,
@@ -76,7 +77,15 @@ async def open_turn(
 
     opened = await state.lines.wait(
         (user_id, session_id),
-        lambda: opening.open_turn(writer, user_id, session_id, turn, default_max_tokens=max_tokens, if_match=if_match),
+        lambda: opening.open_turn(
+            writer,
+            user_id,
+            session_id,
+            turn,
+            default_max_tokens=max_tokens,
+            known=state.known,
+            if_match=if_match,
+        ),
         seconds=turn.wait_seconds,
         is_gone=is_over,
     )
@@ -128,7 +137,7 @@ async def complete_turn(
     session_id: SessionId, turn_id: OtherId, user_id: UserId, result: wire.CompleteTurn, writer: Writes, state: AppState
 ) -> Response:
     """Stores the answer and closes the turn; sent again, it changes nothing, with a key or without one."""
-    completed = await completion.complete(writer, user_id, session_id, turn_id, result)
+    completed = await completion.complete(writer, user_id, session_id, turn_id, result, known=state.known)
     state.lines.wake((user_id, session_id))
     state.metrics.appends.inc(len(completed.messages))
     return answer(completed)
@@ -151,8 +160,8 @@ async def get_context(
     budget = context.Budget(max_tokens or state.settings.context_max_tokens, max_messages, memories, format)
 
     async def work(conn: Conn) -> wire.Context:
-        held = await sessions.look(conn, user_id, session_id)
-        built, _ = await context.build(conn, held, budget, moves=False)
+        recent = await Recent.read(conn, await sessions.look(conn, user_id, session_id), budget.limits)
+        built, _ = await context.build(recent, budget, moves=False)
         return built
 
     return answer(await db.transact(work))
