@@ -8,7 +8,6 @@ still the version and the times that are remembered; what is out of date costs a
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any, Final
 
 from services.session_service.drafts import Draft
@@ -17,7 +16,7 @@ from services.session_service.sessions import Detail
 from shared import wire
 
 _MOST_CHARACTERS: Final = 16 * 2**20
-"""Of contents, of all sessions together."""
+"""Of all sessions together."""
 _LARGE_CHARACTERS: Final = 2**20
 """A session beyond this is read each time: what is saved is little beside what its context takes."""
 
@@ -58,8 +57,9 @@ class KnownSessions:
 
     def put(self, known: Known) -> None:
         self.forget(known.key)
-        contents = chain(known.stretch.pieces.values(), known.stretch.system)
-        characters = sum(_characters(piece.content) for piece in contents)
+        session, pieces = known.found.session, [*known.stretch.pieces.values(), *known.stretch.system]
+        characters = _characters([session.metadata, session.conversation_data, session.session_summary])
+        characters += sum(_characters(piece.content) for piece in pieces)
         if characters > _LARGE_CHARACTERS:
             return
         self._known[known.key] = known, characters
@@ -77,7 +77,7 @@ class KnownSessions:
 
 
 def _characters(value: Any) -> int:
-    """How long all texts in a content are together; names and numbers count a little."""
+    """How long all texts in there are together; names and numbers count a little."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):

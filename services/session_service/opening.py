@@ -105,15 +105,17 @@ async def open_turn(
 
     All of it at once. Raises TurnInProgress where another turn is open; waiting is waiting.py's.
     """
-    opening = _Opening(user_id, session_id, request, default_max_tokens, known.get((user_id, session_id)), if_match)
-    # What is wrong, or whether it still is, is found out with the session locked.
-    with suppress(_NotAtOnce, ContextTooSmall, ValidationFailed, Violation):
+    key = user_id, session_id
+    opening = _Opening(user_id, session_id, request, default_max_tokens, known.get(key), if_match)
+    try:
         opened = await writer.write(opening.at_once)
-        if opening.left is not None:
-            known.put(opening.left)
-        return opened
-    known.forget((user_id, session_id))
-    return await writer.transact(opening.step_by_step)
+    except (_NotAtOnce, ContextTooSmall, ValidationFailed, Violation):
+        known.forget(key)
+        # What is wrong, or whether it still is, is found out with the session locked.
+        opened = await writer.transact(opening.step_by_step)
+    if opening.left is not None:
+        known.put(opening.left)
+    return opened
 
 
 class _NotAtOnce(Exception):

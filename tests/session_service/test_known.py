@@ -187,7 +187,9 @@ def test_what_else_happened_meanwhile_is_not_known() -> None:
 
 
 def known_session(session_id: str, content: Any = "hello", user_id: str = "u") -> Known:
-    return Known(unmade(user_id, session_id), stretch_of([draft(wire.NewMessage(role="user", content=content))], 0))
+    found = unmade(user_id, session_id)
+    found.session.metadata = found.session.conversation_data = {}
+    return Known(found, stretch_of([draft(wire.NewMessage(role="user", content=content))], 0))
 
 
 def test_so_many_sessions() -> None:
