@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Scope
 
-from services.session_service import news, retention, revision
+from services.session_service import pacing, retention, revision
 from services.session_service.errors import error_of
 from services.session_service.gathering import Gathering
 from services.session_service.known import KnownSessions
@@ -103,7 +103,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 async def _keep_up(state: State) -> None:
     await state.ready.wait()
-    await news.keep_up(state.database, interval_seconds=state.settings.news_interval_seconds)
+    await pacing.keep_up(state.database, interval_seconds=state.settings.news_interval_seconds)
 
 
 async def _open(state: State) -> None:

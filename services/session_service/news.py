@@ -5,13 +5,11 @@ Its one invariant: a session whose version is past its indexed_version has news,
 do nothing for it, and a crash loses nothing. Any number of instances may run this; one works at a time.
 """
 
-import asyncio
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
-import structlog
 from sqlalchemy import ARRAY, and_, bindparam, func, literal_column, or_, select, tuple_
 from sqlalchemy.sql.elements import ColumnElement
 
@@ -21,13 +19,10 @@ from services.session_service.schema import sessions as table
 from services.session_service.sessions import NOW
 from shared.canonical import chain
 from shared.database import Conn, Database, Row
-from shared.errors import Unavailable
-
-log = structlog.get_logger(__name__)
 
 # A round is short: it holds a transaction, and whoever wrote last waits for it to be found.
 SESSIONS_AT_ONCE: Final = 200
-MESSAGES_AT_ONCE: Final = 200
+MESSAGES_AT_ONCE: Final = 100
 ROUND_BYTES: Final = 256 * 2**10
 # Longer than any statement may run: what was committed late is found again.
 _OVERLAP: ColumnElement[Any] = literal_column("interval '1 minute'")
@@ -178,7 +173,7 @@ class _Session:
     """Of the messages looked at before those that a broken chain has to be put together from again."""
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> "Key":
         return self.row["user_id"], self.row["session_id"]
 
     @property
@@ -201,18 +196,27 @@ class _Session:
         return self.row["chain_count"] + len(spoken), last_seq, hashed
 
 
-FIRST: Final = ("", "")
+Key = tuple[str, str]
+FIRST: Final[Key] = ("", "")
 
 
-async def see_to_news(database: Database, after: tuple[str, str] = FIRST) -> tuple[str, str] | None:
-    """Sees to some of what is new, of the sessions after this one; gives the last of them, None when there is no more.
+class Round(NamedTuple):
+    """What a round came to: the session that the next one goes on after, None where no other is left; and whether
+    these sessions have more news than a round may see to."""
+
+    last: Key | None
+    is_behind: bool
+
+
+async def see_to_news(database: Database, after: Key) -> Round:
+    """Sees to some of what is new, of the sessions after this one.
 
     Sessions take turns, so that one with a great deal of news does not keep the others waiting.
     """
 
-    async def work(conn: Conn) -> tuple[str, str] | None:
+    async def work(conn: Conn) -> Round:
         if not await conn.value(counting.TRY_LOCK):
-            return None
+            return Round(None, is_behind=False)
         found = await conn.rows(NEWS, after_user=after[0], after_session=after[1])
         texts: list[indexing.Text] = []
         read: list[_Session] = []
@@ -229,10 +233,8 @@ async def see_to_news(database: Database, after: tuple[str, str] = FIRST) -> tup
                 usage.add(*each.key, each.row["counted_to"], each.visible)
             # Last, and one statement: from here to the commit whoever writes to these sessions has to wait.
             await conn.rows(MARK, **arrays, **usage.parameters())
-        all_of_it = (
-            len(read) == len(found) < SESSIONS_AT_ONCE and after == FIRST and not any(each.has_more for each in read)
-        )
-        return None if all_of_it else read[-1].key if read else FIRST
+        is_last = len(read) == len(found) < SESSIONS_AT_ONCE
+        return Round(None if is_last else read[-1].key, any(each.has_more for each in read))
 
     return await database.transact(work)
 
@@ -255,18 +257,3 @@ async def _read(conn: Conn, row: Row, texts: list[indexing.Text]) -> _Session:
     memories = await conn.rows(MEMORIES, **key, indexed_at=row["indexed_at"])
     texts += [indexing.Text(*news.key, 0, memory["memory_id"], memory["content"]) for memory in memories]
     return news
-
-
-async def keep_up(database: Database, *, interval_seconds: float) -> None:
-    """Sees to what is new, for ever; an outage of the database, or a fault of ours, only delays it."""
-    after: tuple[str, str] | None = None
-    while True:
-        try:
-            after = await see_to_news(database, after or FIRST)
-        except Unavailable as error:
-            log.warning("news_delayed", reason=error.code)
-            after = None
-        except Exception:  # whatever it is, search and sums must not stop for good
-            log.exception("news_failed")
-            after = None
-        await asyncio.sleep(interval_seconds if after is None else 0)
