@@ -39,9 +39,10 @@ class Wire:
         await self.writer.drain()
 
     async def answer(self) -> tuple[int, dict[str, str], Any]:
-        head = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-        headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
-        body = await self.reader.readexactly(int(headers["content-length"]))
+        async with asyncio.timeout(10):
+            head = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+            headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
+            body = await self.reader.readexactly(int(headers["content-length"]))
         return int(head[0].split(" ")[1]), headers, json.loads(body)
 
     async def is_closed(self) -> bool:
@@ -187,6 +188,75 @@ async def test_pipelined_requests_are_answered_in_order(wire: Wire) -> None:
         b"".join(f"GET /health HTTP/1.1\r\nhost: x\r\nx-request-id: {each}\r\n\r\n".encode() for each in ids)
     )
     assert [(await wire.answer())[1]["x-request-id"] for _ in ids] == ids
+
+
+HTTP_2 = {
+    "connection": "Upgrade, HTTP2-Settings",
+    "upgrade": "h2c",
+    "http2-settings": "AAEAAEAAAAIAAAAB",
+}
+WEBSOCKET = {
+    "connection": "Upgrade",
+    "upgrade": "websocket",
+    "sec-websocket-version": "13",
+    "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+
+
+@pytest.mark.parametrize("offer", [HTTP_2, WEBSOCKET, HTTP_2 | {"connection": "keep-alive, upgrade"}])
+@pytest.mark.parametrize("is_chunked", [False, True])
+@pytest.mark.parametrize("pause_at", [None, "in the head", "after the head", "in the body"])
+async def test_who_offers_another_protocol_is_served_in_this_one(
+    wire: Wire, offer: dict[str, str], is_chunked: bool, pause_at: str | None
+) -> None:
+    """As HTTP allows, and Java's client, which offers HTTP/2 with each request, needs; the body is the request's."""
+    bodies = [json.dumps({"user_id": "door", "title": f"number {number}"}).encode() for number in range(3)]
+    for body in bodies:
+        head = post(None if is_chunked else len(body), **offer)
+        sent = head + (chunk(body[:9]) + chunk(body[9:]) + b"0\r\n\r\n" if is_chunked else body)
+        places = {"in the head": len(head) - 30, "after the head": len(head), "in the body": len(head) + 8}
+        place = places.get(pause_at or "", len(sent))
+        await wire.send(sent[:place])
+        if sent[place:]:
+            await asyncio.sleep(0.05)
+            await wire.send(sent[place:])
+        status, headers, answer = await wire.answer()
+        assert (status, answer["title"]) == (200, json.loads(body)["title"]), answer
+        assert "upgrade" not in headers
+
+
+async def test_offers_of_another_protocol_in_one_piece(wire: Wire) -> None:
+    body = b'{"user_id":"door"}'
+    read = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
+    await wire.send((post(len(body), **HTTP_2) + body + read) * 300)
+    answers = [await wire.answer() for _ in range(600)]
+    assert {status for status, _, _ in answers} == {200}
+    assert ["session_id" in answer for _, _, answer in answers] == [True, False] * 300
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"FOO /health HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost x\r\n\r\n",
+        b"POST /api/v1/sessions HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
+        b"POST /api/v1/sessions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n",
+        post(None) + b"zz\r\n",
+        post(None, **HTTP_2) + b"zz\r\n",
+    ],
+)
+async def test_what_is_no_http_is_refused_as_any_request(wire: Wire, sent: bytes) -> None:
+    await wire.send(sent)
+    status, headers, body = await wire.answer()
+    assert (status, body["code"]) == (400, "validation_error")
+    assert [(list(each), each["loc"]) for each in body["detail"]] == [(["type", "loc", "msg"], ["request"])]
+    assert (headers["content-type"], headers["connection"]) == ("application/json", "close")
+    assert UUID.fullmatch(headers["x-request-id"])
+    assert await wire.is_closed()
 
 
 async def test_an_answer_that_takes_long_is_not_cut_by_the_deadlines(service: ServiceProcess) -> None:
