@@ -9,6 +9,7 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Scope
 
 from services.session_service import pacing, retention, revision
@@ -38,6 +39,7 @@ from shared.service import Lifecycle
 
 log = structlog.get_logger(__name__)
 
+_ROUTERS = [each.router for each in (stats, search, transfer, sessions, messages, turns, memories, health)]
 _RETRY_SECONDS = 1.0
 
 
@@ -61,9 +63,8 @@ def create_app(settings: SessionServiceSettings, database: Database, lifecycle: 
     )
     app.state.service = state
     app.state.limits = settings.limits
-    for routes in (stats, search, transfer, sessions, messages, turns, memories):
-        app.include_router(routes.router)
-    app.include_router(health.router)
+    for router in _ROUTERS:
+        app.include_router(router)
     describe(app, bearer="One of SESSION_SERVICE_TOKENS, where that is set")
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(Violation, _on_violation)
@@ -162,13 +163,21 @@ async def _on_violation(_request: Request, error: Exception) -> Response:
     return error_answer(error_of(error))
 
 
-async def _on_http_exception(_request: Request, error: Exception) -> Response:
+async def _on_http_exception(request: Request, error: Exception) -> Response:
     """What the router says of unknown paths and methods, in the words of this API."""
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class
-    told: ServiceError = MethodNotAllowed() if error.status_code == 405 else NotFound()
-    response = error_answer(told)
-    response.headers.update(error.headers or {})
+    if error.status_code != 405:
+        return error_answer(NotFound())
+    response = error_answer(MethodNotAllowed())
+    # The router names the methods of the first route of this path alone; others of the path are routes of their own.
+    response.headers["allow"] = ", ".join(sorted(_methods_of(request)))
     return response
+
+
+def _methods_of(request: Request) -> set[str]:
+    routes = [each for router in _ROUTERS for each in router.routes if isinstance(each, Route)]
+    found = [each for each in routes if each.matches(request.scope)[0] is not Match.NONE]
+    return {method for each in found for method in each.methods or ()}
 
 
 async def _on_fault(_request: Request, _error: Exception) -> Response:
