@@ -111,14 +111,25 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(
-    app: ASGIApp, *, name: str, host: str, port: int, settings: SharedSettings, lifecycle: Lifecycle, register: bool
+    app: ASGIApp,
+    *,
+    name: str,
+    host: str,
+    port: int,
+    settings: SharedSettings,
+    lifecycle: Lifecycle,
+    register: bool,
+    websockets: bool = False,
 ) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal stops at once."""
+    """Serves until SIGTERM or SIGINT, then drains; a second signal stops at once.
+
+    Without `websockets` whoever asks for one is answered as if it had not.
+    """
     _allow_many_connections()
     bound = listen(host, port)
     config = uvicorn.Config(
         app,
-        ws="websockets-sansio",
+        ws="websockets-sansio" if websockets else "none",
         http=protocol(settings.header_timeout_seconds),
         log_config=None,
         access_log=False,

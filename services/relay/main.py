@@ -28,6 +28,7 @@ def main() -> None:
         settings=settings,
         lifecycle=lifecycle,
         register=False,
+        websockets=True,
     )
 
 

@@ -225,6 +225,14 @@ async def test_who_offers_another_protocol_is_served_in_this_one(
         assert "upgrade" not in headers
 
 
+async def test_a_websocket_where_there_is_none(wire: Wire) -> None:
+    offer = "".join(f"{name}: {value}\r\n" for name, value in WEBSOCKET.items())
+    for path, expected in (("/health", 200), ("/nowhere", 404)):
+        await wire.send(f"GET {path} HTTP/1.1\r\nhost: x\r\nx-request-id: me\r\n{offer}\r\n".encode())
+        status, headers, _ = await wire.answer()
+        assert (status, headers["x-request-id"]) == (expected, "me")
+
+
 async def test_offers_of_another_protocol_in_one_piece(wire: Wire) -> None:
     body = b'{"user_id":"door"}'
     read = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
