@@ -89,7 +89,11 @@ async def check_all_calls_say_so(chat: Chat) -> None:
         chat.post("x"),
         chat.turn(said("x"), create_session={}),
         chat.turn(said("x"), wait_seconds=1),
+        chat.call("POST", "/turns/t/complete", json={"lease_token": "x", "status": "completed"}),
+        chat.call("POST", "/turns/t/renew", json={"lease_token": "x"}),
+        chat.call("POST", "/align", json={"hashes": []}),
         chat.call("GET", "/messages"),
+        chat.call("GET", "/messages", params={"order": "desc"}),
         chat.call("GET", "/context"),
         chat.call("POST", "/memory", json={"memory_type": "custom", "content": "x"}),
         *(chat.post(f"x{number}") for number in range(20)),
@@ -218,8 +222,17 @@ async def test_a_service_that_starts_before_postgres_and_before_its_tables(data_
 
 
 async def check_not_initialized(client: httpx.AsyncClient) -> None:
-    for path in ("/api/v1/sessions?user_id=u", "/api/v1/sessions/s?user_id=u", "/api/v1/sessions/stats"):
-        refused(await client.get(path), 503, "not_initialized", "Session service not initialized")
+    every_turns: dict[str, Json] = {
+        "/messages": said("x"),
+        "/align": {"hashes": []},
+        "/turns": {"messages": [said("x")]},
+        "/turns/t/complete": {"lease_token": "x", "status": "completed"},
+    }
+    for path in ("/sessions?user_id=u", "/sessions/s?user_id=u", "/sessions/s/messages?user_id=u", "/sessions/stats"):
+        refused(await client.get(f"/api/v1{path}"), 503, "not_initialized", "Session service not initialized")
+    for path, body in every_turns.items():
+        answer = await client.post(f"/api/v1/sessions/s{path}?user_id=u", json=body)
+        refused(answer, 503, "not_initialized", "Session service not initialized")
     posted = await client.post("/api/v1/sessions", json={"user_id": "u"})
     assert posted.content == b'{"detail":"Session service not initialized","code":"not_initialized"}'
     assert (await client.get("/health/ready")).status_code == 503
