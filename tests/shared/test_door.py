@@ -115,9 +115,16 @@ async def refusal(service: ServiceProcess, sent: list[bytes], status: int) -> No
     writer.close()
 
 
-async def test_bodies_too_large_or_too_slow_are_refused_and_end_their_connection(service: ServiceProcess) -> None:
+@pytest.mark.parametrize("path", ["", "/s/messages?user_id=door", "/s/turns?user_id=door"])
+async def test_bodies_too_large_or_too_slow_are_refused_and_end_their_connection(
+    service: ServiceProcess, path: str
+) -> None:
     """All at once, for the server waits a while for those who still send."""
-    await asyncio.gather(*(refusal(service, *case) for case in REFUSED.values()))
+    there = b"/api/v1/sessions%s " % path.encode()
+    cases = [
+        ([each.replace(b"/api/v1/sessions ", there) for each in sent], status) for sent, status in REFUSED.values()
+    ]
+    await asyncio.gather(*(refusal(service, *case) for case in cases))
 
 
 async def test_a_client_that_goes_on_sending_still_hears_why(service: ServiceProcess) -> None:
