@@ -23,7 +23,7 @@ from services.session_service.sessions import NOW, Detail
 from shared import wire
 from shared.database import Conn, Violation, Writer
 from shared.errors import LeaseLost, TurnClosed, TurnNotFound
-from shared.json import dumps
+from shared.json import dumps_sorted
 
 # Claude's names of the token counts in a usage object; other numbers in there are no tokens.
 TOKEN_COUNTS = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
@@ -121,7 +121,7 @@ class _Completion:
         self._session_id = session_id
         self._turn_id = turn_id
         self._answer = answer
-        self._hash = hashlib.sha256(dumps(answer.model_dump(mode="json"))).digest()
+        self._hash = hashlib.sha256(dumps_sorted(answer.model_dump())).digest()
         self._drafts = _drafts(answer)
 
     async def at_once(self, conn: Conn) -> wire.TurnCompleted:

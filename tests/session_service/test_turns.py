@@ -1,5 +1,6 @@
 """Turns: opened and completed once, and what may happen to the session meanwhile."""
 
+import json
 from typing import Any
 
 import pytest
@@ -104,6 +105,17 @@ async def test_completing_twice_gives_the_same_answer(user: User, db: Db, status
     await later.complete()
     assert fine(await turn.finish(*messages, **sent))["turn"] == first.json()["turn"]
     await check_counters(db, chat)
+
+
+async def test_the_same_completion_may_be_written_in_another_way(user: User) -> None:
+    """What an object's keys come in, and how many zeros a number ends with, says nothing."""
+    turn = await (await user.chat()).open(said("x"))
+    message = ANSWER | {"native": 2**70}
+    first = await turn.finish(message, usage={"a": 1, "b": {"c": 1, "d": 2}}, cost_usd=1, upstream={"x": 1, "y": 2})
+    rest = f'"lease_token": "{turn.token}", "status": "completed", "messages": [{json.dumps(message)}]'
+    again = '{"upstream": {"y": 2, "x": 1}, "usage": {"b": {"d": 2, "c": 1}, "a": 1}, "cost_usd": 1.00, %s}'
+    second = await turn.chat.call("POST", f"/turns/{turn.id}/complete", content=again % rest)
+    assert fine(second) == fine(first)
 
 
 async def test_a_second_and_different_completion_is_refused(user: User, db: Db) -> None:
