@@ -7,7 +7,7 @@ values.py.
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from shared.values import (
     Content,
@@ -112,10 +112,18 @@ TurnMessages = Annotated[list[NewMessage], AfterValidator(_turn_messages)]
 _UUID: Final = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 
 
-class OpenTurn(Input):
+class _WithMessages(Input):
+    messages: TurnMessages = []
+
+    @field_validator("messages", "lease_seconds", "wait_seconds", mode="before", check_fields=False)
+    @classmethod
+    def _null_is_absent(cls, value: Any, info: ValidationInfo) -> Any:
+        return cls.model_fields[str(info.field_name)].default if value is None else value
+
+
+class OpenTurn(_WithMessages):
     """`turn_id`: a UUID that the caller has made, so that it knows the turn before it is opened."""
 
-    messages: TurnMessages = []
     turn_id: Annotated[str, Field(pattern=_UUID)] | None = None
     rewind_to_seq: Seq | None = None
     create_session: CreateSessionInTurn | None = None
@@ -152,10 +160,9 @@ class RenewTurn(Input):
     lease_token: str
 
 
-class CompleteTurn(Input):
+class CompleteTurn(_WithMessages):
     lease_token: str
     status: Outcome
-    messages: TurnMessages = []
     usage: JsonObject | None = None
     cost_usd: CostUsd | None = None
     stop_reason: Annotated[str, Field(max_length=255)] | None = None

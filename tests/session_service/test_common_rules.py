@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.session_service.calls import TIME, UUID7, Chat, User, fine, invalid, new_user_id, refused, said
+from tests.session_service.calls import TIME, UUID7, Chat, Turn, User, fine, invalid, new_user_id, refused, said
 
 NOT_FOUND = b'{"detail":"Session not found","code":"session_not_found"}'
 
@@ -251,6 +251,11 @@ async def test_null_is_the_same_as_absent(user: User) -> None:
     found = (message["message_type"], message["tokens_used"], message["cost_usd"], message["metadata"])
     assert found == ("chat", 0, 0, {})
     assert UUID7.fullmatch(message["message_id"])
+    nothing = dict.fromkeys(("messages", "lease_seconds", "wait_seconds", "context", "create_session", "rewind_to_seq"))
+    chat = Chat(user, made["session_id"])
+    turn = Turn(chat, fine(await chat.call("POST", "/turns", json=nothing)))
+    nothing = dict.fromkeys(("messages", "usage", "cost_usd", "stop_reason", "model", "upstream", "error"))
+    assert fine(await turn.finish(**nothing))["messages"] == []
 
 
 async def test_nothing_of_the_input_is_repeated_in_an_error(user: User) -> None:
