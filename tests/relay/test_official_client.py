@@ -409,6 +409,9 @@ async def test_counting_tokens(claude: AsyncAnthropic, chat: Chat, upstream: Tes
 
 async def test_models(claude: AsyncAnthropic) -> None:
     assert "demo" in [model.id async for model in claude.models.list()]
+    for call in (claude.models.with_raw_response.list(), claude.models.with_raw_response.retrieve("demo")):
+        answer = await call
+        assert answer.headers["request-id"] == answer.headers["x-request-id"]
 
 
 # ── errors ──────────────────────────────────────────────────────────────────────────────────────

@@ -48,6 +48,7 @@ async def count_tokens(request: Request, state: AppState, key: MessagesKey) -> R
 
 
 async def list_models(
+    request: Request,
     state: AppState,
     key: MessagesKey,
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
@@ -70,14 +71,15 @@ async def list_models(
             "has_more": start > 0 if before_id in ids else start + len(page) < end,
             "first_id": page[0]["id"] if page else None,
             "last_id": page[-1]["id"] if page else None,
-        }
+        },
+        headers={"request-id": request_id_of(request.scope)},
     )
 
 
-async def get_model(model_id: str, state: AppState, key: MessagesKey) -> Response:
+async def get_model(model_id: str, request: Request, state: AppState, key: MessagesKey) -> Response:
     for model in await state.models.all():
         if model["id"] == model_id and key.may_ask(model_id):
-            return answer(model)
+            return answer(model, headers={"request-id": request_id_of(request.scope)})
     raise ModelNotServed
 
 
