@@ -54,6 +54,18 @@ async def test_the_field_is_named(chat: Chat, upstream: TestUpstream, field: str
     assert upstream.requests() == []
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+async def test_a_query_over_the_limit(chat: Chat, upstream: TestUpstream, path: str) -> None:
+    body = GOOD | {"metadata": {"session_id": chat.session_id}}
+    assert (await chat.http.post(f"{path}?{'x' * 64_000}", json=body)).status_code == 200
+    assert [len(entry["query"]) for entry in upstream.requests()] == [64_000]
+    stored = await chat.stored()
+    message = error_of(await chat.http.post(f"{path}?{'x' * 64_001}", json=body), 400, "invalid_request_error")
+    assert message.startswith("query: ")
+    assert await chat.stored() == stored
+    assert len(upstream.requests()) == 1
+
+
 async def test_a_session_id_is_one_that_utf8_can_hold(chat: Chat, upstream: TestUpstream) -> None:
     content = json.dumps(GOOD | {"metadata": {"session_id": "a\ud800"}})
     answer = await chat.http.post("/v1/messages", content=content.encode())

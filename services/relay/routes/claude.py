@@ -11,13 +11,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.relay import request as requests
 from services.relay.counting import count
-from services.relay.errors import ModelNotServed, NotPermitted
+from services.relay.errors import InvalidRequest, ModelNotServed, NotPermitted
 from services.relay.keys import Key
 from services.relay.parts import Caller
 from services.relay.routes.parameters import AppState, MessagesKey, caller_with
 from services.relay.routes.rendering import KIRO_PREFIX, request_id_of
 from services.relay.routes.replies import reply_of, unless_gone
 from services.relay.state import State
+from services.relay.upstream import QUERY_LIMIT_CHARACTERS
 from shared.door import answer
 
 router = APIRouter(tags=["claude"])
@@ -94,10 +95,13 @@ def _check_model(key: Key, model: str) -> None:
 
 
 def _caller(request: Request, key: MessagesKey) -> Caller:
+    query = request.url.query
+    if len(query) > QUERY_LIMIT_CHARACTERS:
+        raise InvalidRequest.at("query", f"has at most {QUERY_LIMIT_CHARACTERS} characters")
     headers: dict[str, str] = {}
     for name, value in request.headers.items():
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return Caller(key, headers, request.url.query, request_id_of(request.scope))
+    return Caller(key, headers, query, request_id_of(request.scope))
 
 
 for prefix in PREFIXES:

@@ -25,6 +25,8 @@ MESSAGES_PATH = "/v1/messages"
 MODELS_PATH = "/v1/models"
 COUNT_TOKENS_PATH = "/v1/messages/count_tokens"
 ANSWER_LIMIT_BYTES = 64 * 2**20
+QUERY_LIMIT_CHARACTERS = 64_000
+"""Longer query strings no URL is to hold."""
 
 
 class UpstreamError(Exception):

@@ -20,6 +20,7 @@ from yarl import URL
 
 from services.relay.upstream import (
     MODELS_PATH,
+    QUERY_LIMIT_CHARACTERS,
     UpstreamAnswer,
     UpstreamError,
     UpstreamProtocolError,
@@ -35,7 +36,6 @@ DEFAULT_VERSION = "2023-06-01"
 
 _MODELS_AT_ONCE = 1000
 _MODELS_BYTES = 2**20
-_LONGEST_QUERY = 64_000
 _IN_QUERIES = "".join(sorted({*string.ascii_letters, *string.digits, *string.punctuation} - set('"#<>')))
 
 _PROXY_FAULTS = (ProxyError, ProxyConnectionError, ProxyTimeoutError)
@@ -97,7 +97,7 @@ class AnthropicUpstream:
 
     def _url(self, path: str, query: str) -> URL:
         """Path and query as they are, but for what no query can hold."""
-        if len(query) > _LONGEST_QUERY or any(character < " " for character in query):
+        if len(query) > QUERY_LIMIT_CHARACTERS or any(character < " " for character in query):
             raise ValueError("a query string that no URL can hold")
         return URL(f"{self._base_url}{path}" + (f"?{quote(query, safe=_IN_QUERIES)}" if query else ""), encoded=True)
 
