@@ -19,6 +19,7 @@ from shared.discovery import Instance, Instances
 from shared.errors import Internal, NotInitialized, ServiceError, SessionServiceUnavailable, Unauthorized, decode
 from shared.http_client import FAULTS, exchange, was_not_sent
 from shared.json import dumps
+from shared.liveness import QUIET_SECONDS, WhileAlive
 
 log = structlog.get_logger(__name__)
 
@@ -54,11 +55,13 @@ class SessionClient:
         token: str = "",
         timeout_seconds: float = 30,
         connect_timeout_seconds: float = 2,
+        quiet_seconds: float = QUIET_SECONDS,
     ) -> None:
         self._instances = instances
         self._http: aiohttp.ClientSession | None = None
         self._timeout_seconds = timeout_seconds
         self._connect_timeout_seconds = connect_timeout_seconds
+        self._quiet_seconds = quiet_seconds
         self._headers = {"content-type": "application/json"}
         if token:
             self._headers["authorization"] = f"Bearer {token}"
@@ -182,15 +185,11 @@ class SessionClient:
         )
         failure: ServiceError = SessionServiceUnavailable(retry_after_seconds=1)
         for instance in self._instances.in_order()[:_MAX_TRIES]:
+            url, over = URL(instance.url + target, encoded=True), self._over()
+            sent = {**self._headers, **(headers or {})}
             try:
-                answer = await exchange(
-                    self._over(),
-                    method,
-                    URL(instance.url + target, encoded=True),
-                    headers={**self._headers, **(headers or {})},
-                    content=content,
-                    timeout=timeout,
-                )
+                async with WhileAlive(over, instance.url, self._quiet_seconds):
+                    answer = await exchange(over, method, url, headers=sent, content=content, timeout=timeout)
             except FAULTS as error:
                 self._instances.failed(instance)
                 log.warning("session_service_call_failed", instance=instance.url, error=type(error).__name__)

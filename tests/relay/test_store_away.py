@@ -12,6 +12,7 @@ import pytest
 
 from tests.processes import free_port, start_session_service
 from tests.relay.calls import Chat, error_of, events_of, streamed_text
+from tests.relay.stack import frozen
 from tests.upstream.client import TestUpstream
 
 KIRO = "/claude-kiro-oauth/v1/messages"
@@ -121,6 +122,24 @@ async def test_a_frozen_store_does_not_hold_the_answer_back(
         os.kill(store.pid, signal.SIGCONT)
         await chat.until_turn("completed", seconds=15)
         assert await chat.history() == [("user", "Hello"), ("assistant", "kept")]
+
+
+async def test_no_client_hangs_on_a_frozen_store(
+    chat_at: Any, make_relay: Any, own_store: Any, upstream: TestUpstream, tmp_path: Path
+) -> None:
+    port = free_port()
+    relay = make_relay(session_service_url=f"http://127.0.0.1:{port}", folder=tmp_path)
+    with own_store(port) as store:
+        chat: Chat = await chat_at(relay, tmp_path)
+        other = Chat(chat.http, chat.sessions)
+        with frozen(store.pid):
+            async with asyncio.timeout(15):
+                best = asyncio.create_task(other.ask("Hello", headers={"x-session-store": "best-effort"}))
+                refused = await chat.ask("Hello")
+                error_of(refused, 529, "overloaded_error")
+                assert int(refused.headers["retry-after"]) >= 1
+                assert ((await best).status_code, (await best).headers["x-session-persisted"]) == (200, "none")
+        assert len(upstream.requests()) == 1
 
 
 async def test_a_relay_that_is_killed_leaves_a_session_that_goes_on(

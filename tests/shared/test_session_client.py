@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,8 @@ from shared.canonical import message_hash
 from shared.discovery import Instances
 from shared.json import dumps
 from shared.session_client import SessionClient, SessionKey
-from tests.processes import ServiceProcess, free_port
+from tests.processes import ServiceProcess, free_port, start_session_service
+from tests.relay.stack import frozen
 from tests.session_service.calls import new_user_id
 from tests.shared.servers import answer, serving
 
@@ -233,8 +235,55 @@ async def test_nobody_there_at_all() -> None:
         assert time.monotonic() - began < 5
 
 
+@asynccontextmanager
+async def impatient_client(*urls: str) -> AsyncIterator[SessionClient]:
+    """It soon asks an instance that gives no answer whether it lives."""
+    client = SessionClient(Instances(list(urls)), quiet_seconds=0.2)
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+async def test_an_instance_that_hangs_is_not_waited_for(
+    database_url: str, scratch: Path, session_service: ServiceProcess
+) -> None:
+    """What may be asked twice is asked of another one."""
+    with start_session_service(database_url, scratch, free_port()) as hung, frozen(hung.pid):
+        key = new_key()
+        async with asyncio.timeout(5):
+            async with impatient_client(hung.url, session_service.url) as client:
+                with pytest.raises(errors.SessionServiceUnavailable) as raised:
+                    await client.open_turn(key, OPEN.model_copy(update={"wait_seconds": 60}))
+                assert raised.value.headers() == {"retry-after": "1"}
+            async with impatient_client(hung.url, session_service.url) as client:
+                with pytest.raises(errors.SessionNotFound):
+                    await client.get_session(key)
+
+
+async def test_an_instance_that_takes_no_more_connections_still_answers() -> None:
+    """As one does that stops."""
+    is_asked = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        is_asked.set()
+        await asyncio.sleep(1)
+        writer.write(answer(404, b'{"detail":"Session not found","code":"session_not_found"}'))
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with impatient_client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+        call = asyncio.create_task(client.get_session(new_key()))
+        await is_asked.wait()
+        server.close()
+        with pytest.raises(errors.SessionNotFound):
+            await call
+
+
 async def test_a_wait_for_a_busy_session_may_take_longer_than_a_call(session_service: ServiceProcess) -> None:
-    client = SessionClient(Instances([session_service.url]), timeout_seconds=1)
+    client = SessionClient(Instances([session_service.url]), timeout_seconds=1, quiet_seconds=0.2)
     key = new_key()
     opened = await client.open_turn(key, OPEN)
     waiting = asyncio.create_task(client.open_turn(key, OPEN.model_copy(update={"wait_seconds": 10})))
