@@ -75,8 +75,10 @@ def _message(blocks: list[Block], metadata: dict[str, Any]) -> wire.NewMessage:
     try:
         return _new_message(kept, metadata | (REPLACED if replaced else {}))
     except ValidationError:
-        kept, replaced = storable([_fit(block) for block in blocks])
-    metadata = metadata | (REPLACED if replaced else {})
+        fit = [_fit(block) for block in blocks]
+        kept, replaced = storable(fit)
+    is_cut = any(_is_cut(new, block) for new, block in zip(fit, blocks, strict=True))
+    metadata = metadata | (REPLACED if replaced else {}) | (CUT if is_cut else {})
     try:
         return _new_message(kept, metadata)
     except ValidationError:  # each block fits, all together are over the limit
@@ -115,12 +117,19 @@ def _is_plain_text(block: Block) -> bool:
 
 
 def _fit(block: Block) -> Block:
-    """The block itself, or, when no store takes it, a text of it that no context will hold."""
+    """The block itself, or, when no store takes it, its text as far as that goes; of what is no text, a text of it
+    that no context will hold."""
     try:
         wire.NewMessage(role="assistant", content=[storable(block)[0]])
     except ValidationError:
+        if block.get("type") == "text" and isinstance(block.get("text"), str):
+            return {"type": "text", "text": block["text"][:_CUT_CHARACTERS]}
         return {"type": "text", "text": dump_text(storable(block)[0])[:_CUT_CHARACTERS], "incomplete": True}
     return block
+
+
+def _is_cut(fit: Block, block: Block) -> bool:
+    return fit is not block and len(fit["text"]) == _CUT_CHARACTERS
 
 
 def _usage(message: dict[str, Any], blocks: list[Block], body: dict[str, Any], *, is_partial: bool) -> tuple[Any, bool]:

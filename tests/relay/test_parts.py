@@ -270,10 +270,19 @@ def test_whatever_upstream_says_has_a_completion(
     assert wire.CompleteTurn.model_validate_json(sent).lease_token == "t"
 
 
-def test_an_answer_that_no_message_holds_is_cut() -> None:
-    blocks = [{"type": "text", "text": "x" * (20 * 2**20)}] * 2
-    made = answers.completion(Answer("completed", {"content": blocks}), lease_token="t", prefill=[], body=claude().body)
-    assert made.messages[0].metadata == {"usage_estimated": True, "truncated": True}
+@pytest.mark.parametrize("status", ["completed", "interrupted"])
+@pytest.mark.parametrize("sizes", [[20, 20], [40], [1, 40]], ids=["all together", "one text", "one of two texts"])
+def test_an_answer_that_no_message_holds_is_cut(status: Any, sizes: list[int]) -> None:
+    blocks = [{"type": "text", "text": "x" * (size * 2**20)} for size in sizes]
+    made = answers.completion(Answer(status, {"content": blocks}), lease_token="t", prefill=[], body=claude().body)
+    (message,) = made.messages
+    assert message.metadata == {"usage_estimated": True, "truncated": True}
+    kept = message.content
+    assert isinstance(kept, list)
+    assert {(block["type"], block["text"].strip("x"), block.get("incomplete")) for block in kept} == {
+        ("text", "", None)
+    }
+    assert sum(len(block["text"]) for block in kept) >= 2**20
 
 
 # ── what goes upstream ──────────────────────────────────────────────────────────────────────────
