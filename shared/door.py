@@ -27,7 +27,7 @@ from shared.json import dumps
 log = structlog.get_logger(__name__)
 
 _SANE_REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
-_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_METHODS: Final = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 CLIENT_GONE: Final = 499
 """nginx's status for it; no client ever sees it."""
 _CLOSED: Final = "the handler is closed"
@@ -82,6 +82,8 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # the same, and the server leaves the body out (RFC 9110, 9.3.2)
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
         structlog.contextvars.clear_contextvars()

@@ -222,3 +222,13 @@ async def test_models(chat: Chat) -> None:
     listed = (await chat.http.get("/v1/models")).json()
     assert "demo" in [each["id"] for each in listed["data"]]
     assert text_of((await chat.ask("Hi", model="demo")).json())
+
+
+async def test_heads_of_answers(chat: Chat) -> None:
+    """As those who watch over services ask for them."""
+    for path, status in {"/": 200, "/health": 200, "/v1/models": 200, "/sessions/nobody-has-it": 404}.items():
+        asked, whole = await chat.http.head(path), await chat.http.get(path)
+        assert (asked.status_code, asked.content) == (status, b""), path
+        for name in ("content-type", "content-length"):
+            assert asked.headers[name] == whole.headers[name]
+    assert (await chat.http.head("/v1/messages")).status_code == 405

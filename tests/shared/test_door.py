@@ -295,6 +295,19 @@ async def test_an_expected_continue(wire: Wire) -> None:
     assert (await wire.answer())[0] == 200
 
 
+async def test_the_head_of_an_answer_by_itself(wire: Wire) -> None:
+    ask = "%s /api/v1/sessions?user_id=nobody HTTP/1.1\r\nhost: x\r\nx-request-id: one\r\n\r\n"
+    await wire.send((ask % "HEAD").encode())
+    head = (await wire.reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
+    await wire.send((ask % "GET").encode())  # were there a body, this answer would not come next
+    whole = (await wire.reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
+    assert head[0] == whole[0] == b"HTTP/1.1 200 OK"
+    dated = b"date: "
+    assert [each for each in head if not each.startswith(dated)] == [
+        each for each in whole if not each.startswith(dated)
+    ]
+
+
 async def test_a_client_that_leaves_in_the_middle_of_its_body(service: ServiceProcess) -> None:
     for _ in range(5):
         _, writer = await asyncio.open_connection("127.0.0.1", service.port)
