@@ -1,15 +1,18 @@
-"""FastAPI's routes with strict bodies: the JSON is read by our rules, and limits come from settings.
+"""FastAPI's routes with strict bodies: the JSON is read by our rules, and limits come from settings. And what a path's
+routes take together.
 
 Its one invariant: a body is refused or it is exactly what the route gets; nothing is coerced.
 """
 
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar, get_args
 
-from fastapi import Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from shared import json
 from shared.errors import ValidationFailed
@@ -22,6 +25,14 @@ def validation_failed(errors: Sequence[Any], prefix: tuple[str, ...] = ()) -> Va
     return ValidationFailed(
         [{"type": each["type"], "loc": [*prefix, *each["loc"]], "msg": each["msg"]} for each in errors]
     )
+
+
+def allowed(routers: Iterable[APIRouter], scope: Scope) -> str:
+    """The `Allow` of a 405: the router names the methods of the first route of a path alone; others of the path are
+    routes of their own."""
+    routes = [each for router in routers for each in router.routes if isinstance(each, Route)]
+    found = [each for each in routes if each.matches(scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for each in found for method in each.methods or ()}))
 
 
 class _ParsedRequest(Request):

@@ -70,10 +70,15 @@ from shared.door import BodyRules, Door, client_gone
 from shared.errors import Internal, MethodNotAllowed, NotFound, ServiceError
 from shared.service import Lifecycle
 from shared.session_client import SessionClient
-from shared.strict_route import validation_failed
+from shared.strict_route import allowed, validation_failed
 
 log = structlog.get_logger(__name__)
 
+_ROUTERS = [each.router for each in (claude, chat, accounts, api_keys, session_pool, sessions, turns, health, front)]
+_CONVERSATION_ROUTERS = [
+    *(each.router for each in (conversations_v1, conversations_v0, runtime, files)),
+    runtime.either,
+]
 _LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 _EXPOSED_HEADERS = (
     *("X-Session-ID", "X-Turn-Id", "X-Session-Persisted", "X-Relay-Attempts", "Idempotent-Replayed"),
@@ -93,10 +98,9 @@ def create_app(settings: RelaySettings, database: Database, lifecycle: Lifecycle
     )
     app.state.relay = state
     app.state.limits = None
-    for routes in (claude, chat, accounts, api_keys, session_pool, sessions, turns, health, front):
-        app.include_router(routes.router)
-    conversations = (conversations_v1, conversations_v0, runtime, files)
-    for router in (*(routes.router for routes in conversations), runtime.either):
+    for router in _ROUTERS:
+        app.include_router(router)
+    for router in _CONVERSATION_ROUTERS:
         app.include_router(router, responses=CONVERSATION_ERRORS)
     app.include_router(sockets.router)
     describe(app)
@@ -228,9 +232,10 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     """What the router says of unknown paths and methods, in the words of this API."""
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class
-    told: ServiceError = MethodNotAllowed() if error.status_code == 405 else NotFound()
-    response = render(told, request.scope)
-    response.headers.update(error.headers or {})
+    if error.status_code != 405:
+        return render(NotFound(), request.scope)
+    response = render(MethodNotAllowed(), request.scope)
+    response.headers["allow"] = allowed([*_ROUTERS, *_CONVERSATION_ROUTERS], request.scope)
     return response
 
 

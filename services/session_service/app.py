@@ -9,7 +9,6 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Scope
 
 from services.session_service import pacing, retention, revision
@@ -36,6 +35,7 @@ from shared.errors import (
     ValidationFailed,
 )
 from shared.service import Lifecycle
+from shared.strict_route import allowed
 
 log = structlog.get_logger(__name__)
 
@@ -169,15 +169,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     if error.status_code != 405:
         return error_answer(NotFound())
     response = error_answer(MethodNotAllowed())
-    # The router names the methods of the first route of this path alone; others of the path are routes of their own.
-    response.headers["allow"] = ", ".join(sorted(_methods_of(request)))
+    response.headers["allow"] = allowed(_ROUTERS, request.scope)
     return response
-
-
-def _methods_of(request: Request) -> set[str]:
-    routes = [each for router in _ROUTERS for each in router.routes if isinstance(each, Route)]
-    found = [each for each in routes if each.matches(request.scope)[0] is not Match.NONE]
-    return {method for each in found for method in each.methods or ()}
 
 
 async def _on_fault(_request: Request, _error: Exception) -> Response:

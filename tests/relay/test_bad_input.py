@@ -146,6 +146,17 @@ async def test_unknown_paths_and_methods(chat: Chat) -> None:
     error_of(await chat.http.get("/sessions/unknown"), 404, "not_found_error")
     error_of(await chat.http.post("/sessions/unknown/close"), 404, "not_found_error")
     error_of(await chat.http.get("/sessions/stats"), 400, "invalid_request_error")
+    allowed = {
+        "/api/v1/messages": "POST",
+        "/api/sessions/x": "DELETE, GET",
+        "/admin/accounts/x": "DELETE, GET, PATCH",
+        "/admin/api-keys": "GET, POST",
+        "/api/conversations/x": "DELETE, GET, PATCH",
+        "/api/v1/app-conversations": "GET, POST",
+    }
+    for path, methods in allowed.items():
+        answer = await chat.http.put(path, json={})
+        assert (answer.status_code, answer.headers.get_list("allow")) == (405, [methods]), path
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens", "/v1/models", "/sessions/x"])
