@@ -22,7 +22,7 @@ from shared.database import Conn, Database, Row
 
 # A round is short: it holds a transaction, and whoever wrote last waits for it to be found.
 SESSIONS_AT_ONCE: Final = 200
-MESSAGES_AT_ONCE: Final = 100
+MESSAGES_AT_ONCE: Final = 200
 ROUND_BYTES: Final = 256 * 2**10
 # Longer than any statement may run: what was committed late is found again.
 _OVERLAP: ColumnElement[Any] = literal_column("interval '1 minute'")
