@@ -4,6 +4,7 @@ import asyncio
 import statistics
 import uuid
 from collections.abc import Awaitable, Callable
+from itertools import chain
 
 import asyncpg
 
@@ -77,9 +78,13 @@ def run(stack: Stack) -> Findings:
             "appends, 32 connections, one session", "/s", one[0], "pgbench, 1 client", one[1], at_least(0.40, aim=1.0)
         )
     )
+    # What pgbench has appended is indexed by the service, too, and more of it than any client could send.
+    stack.wait_for_index(url)
     rate = statistics.median(many[0]) / 2
-    paced = load.run("appends", store.url, workers=CONNECTIONS, seconds=stack.pace.seconds_long, rate=rate)
-    found.add(alone(f"append, p50 at {rate:.0f}/s, open loop", "ms", percentile(paced.ms, 0.50)))
-    found.add(alone(f"append, p99 at {rate:.0f}/s, open loop", "ms", percentile(paced.ms, 0.99), at_most(15)))
-    found.curves["append"] = curve(paced.ms)
+    plan = {"workers": CONNECTIONS, "seconds": stack.pace.seconds, "rate": rate}
+    paced = [load.run("appends", store.url, **plan).ms for _ in range(stack.pace.rounds)]
+    for name, place, target in (("p50", 0.50, None), ("p99", 0.99, at_most(15))):
+        value = statistics.median(percentile(ms, place) for ms in paced)
+        found.add(alone(f"append, {name} at {rate:.0f}/s, open loop", "ms", value, target))
+    found.curves["append"] = curve(list(chain(*paced)))
     return found

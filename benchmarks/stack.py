@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import asyncpg
@@ -27,6 +28,7 @@ USER = "dev"
 """Whose sessions the relay's development key works on."""
 QUIET = {"RELAY_SUMMARIES": "false", "RELAY_REQUESTS_PER_SECOND": "0", "RELAY_MAX_SESSIONS": "100000000"}
 """The relay does a client's work and no other, and no limit is measured."""
+_INDEX_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,14 @@ class Stack:
                 await connection.close()
 
         return asyncio.run(ask())
+
+    def wait_for_index(self, url: str) -> None:
+        """Until search and sums have caught up with what was written."""
+        until = monotonic() + _INDEX_SECONDS
+        while self.run_sql("SELECT count(*) FROM dev.sessions WHERE indexed_version < version", url):
+            if monotonic() > until:
+                raise TimeoutError(f"not everything is indexed after {_INDEX_SECONDS} s")
+            sleep(0.1)
 
     def make_template(self) -> None:
         self.run_sql(f'CREATE DATABASE "{self._template}"')

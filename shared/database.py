@@ -30,6 +30,8 @@ log = structlog.get_logger(__name__)
 
 _DIALECT = asyncpg_dialect.dialect()  # type: ignore[no-untyped-call]
 _TRANSACTION_TRIES: Final = 5
+# A new connection learns types and statements anew, for which requests wait; an old one carries nothing that grows.
+_MOST_QUERIES: Final = 2**31
 
 # Classes of SQLSTATE that mean "not now": connection, resources, operator intervention, timeouts.
 _AWAY = ("08", "53", "57", "25006", "55P03")
@@ -187,6 +189,7 @@ class Database(Conn):
                 command_timeout=self._timeout_seconds + 1,
                 server_settings=None if self._pooler == "transaction" else server_settings,
                 connection_class=_Connection,
+                max_queries=_MOST_QUERIES,
                 init=_prepare_codecs,
             )
         except Exception as error:
