@@ -24,6 +24,8 @@ _ARRAYS: dict[str, sa.types.TypeEngine[Any]] = {
     "is_long": sa.Boolean(),
 }
 _SHORT_CHARACTERS: Final = 2_000
+_AT_ONCE: Final = 50
+"""Texts put in by one statement: some 1.5 ms, in which appends have one processor less."""
 
 _new = (
     func.unnest(*(bindparam(f"{name}_array", type_=ARRAY(kind)) for name, kind in _ARRAYS.items()))
@@ -56,11 +58,10 @@ class Text(NamedTuple):
 
 async def put(conn: Conn, texts: Sequence[Text]) -> None:
     """Puts the texts in, in place of what stood for the same."""
-    if not texts:
-        return
-    rows = [await _row(each) for each in texts]
-    columns = zip(*rows, strict=True)
-    await conn.rows(PUT, **{f"{name}_array": list(values) for name, values in zip(_ARRAYS, columns, strict=True)})
+    for start in range(0, len(texts), _AT_ONCE):
+        rows = [await _row(each) for each in texts[start : start + _AT_ONCE]]
+        columns = zip(*rows, strict=True)
+        await conn.rows(PUT, **{f"{name}_array": list(values) for name, values in zip(_ARRAYS, columns, strict=True)})
 
 
 async def _row(text: Text) -> tuple[Any, ...]:
