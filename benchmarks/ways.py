@@ -62,10 +62,11 @@ class Ways:
 
     @cache  # noqa: B019 - there are two sets in a run
     def warm(self) -> None:
-        """Has every way and pool in use before anything is measured."""
+        """Has every way and pool in use, and what was written before indexed, before anything is measured."""
         for work in ("plain", "stream"):
             for run in (self.stored, self.direct, self.passed):
                 run(work, workers=32, seconds=60, count=200)
+        self._stack.wait_for_index(self.database_url)
 
 
 @cache
