@@ -42,8 +42,9 @@ def choose(
 
     `is_whole` says that `entries` reach back to the stored start. Then all of it comes first, if it fits. Next
     come the beginnings at a message of the user's own: with `moves` those within 60 % of the limits, then those
-    within all of them. Then, for one long loop of tool calls, the user's message and the loop's newest part. Last,
-    whatever fits, for histories without any message of the user's own.
+    within all of them. Then, for one long loop of tool calls, the user's message and the loop's newest part, which
+    begins at a step of a grid (`_grid`) if it can. Last, whatever fits, for histories without any message of the user's
+    own.
     """
     # tokens_from[place]: tokens of entries[place:]
     tokens_from = list(accumulate((entry.tokens for entry in reversed(entries)), initial=0))[::-1]
@@ -58,10 +59,10 @@ def choose(
             if limits.holds(tokens_from[place], count - place, share):
                 yield seqs[place], seqs[place:]
     own = starts[-1] if starts else count
-    for share in shares:
-        for place in _steps_after(entries, own):
-            if limits.holds(entries[own].tokens + tokens_from[place], 1 + count - place, share):
-                yield seqs[own], [seqs[own], *seqs[place:]]
+    steps = list(_steps_after(entries, own))
+    for place in [*_grid(steps, own, tokens_from, limits), *steps]:
+        if limits.holds(entries[own].tokens + tokens_from[place], 1 + count - place):
+            yield seqs[own], [seqs[own], *seqs[place:]]
     if not (moves and starts):  # without the user's own message a turn would answer something else
         fitting = (place for place in range(count) if limits.holds(tokens_from[place], count - place))
         place = next(fitting, count)
@@ -73,3 +74,24 @@ def _steps_after(entries: list[Entry], own: int) -> Iterator[int]:
     for place in range(own + 2, len(entries)):
         if entries[place].role == "assistant" and entries[place - 1].role != "assistant":
             yield place
+
+
+def _grid(steps: list[int], own: int, tokens_from: list[int], limits: Window) -> Iterator[int]:
+    """Of a loop's steps those with which, from the user's message on, another 40 % of the limits are complete.
+
+    What comes later does not move them: a part that begins at one keeps its beginning until it no longer fits, and goes
+    on at the next then.
+    """
+    passed = 0
+    for place in steps:
+        complete = _strides(tokens_from[own + 1] - tokens_from[place], limits.max_tokens)
+        if limits.max_messages is not None:
+            complete = max(complete, _strides(place - own - 1, limits.max_messages))
+        if complete > passed:
+            passed = complete
+            yield place
+
+
+def _strides(amount: int, limit: int) -> int:
+    """How often the share that a move gives up is in an amount; whole numbers, so that no rounding shifts it."""
+    return 100 * amount // max(1, round(100 * (1 - STEP)) * limit)

@@ -1,7 +1,9 @@
 """Which messages a context is made of, as a pure choice: within the limits, and the best one first."""
 
 from dataclasses import replace
+from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -100,15 +102,45 @@ def test_reading_takes_as_much_as_fits_from_an_own_message(drawn: tuple[list[Ent
     assert first == (entries[fits[0]].seq, [entry.seq for entry in entries[fits[0] :]])
 
 
-def test_a_long_loop_of_tools_keeps_the_question_and_its_newest_part() -> None:
-    entries = [Entry(1, "user", 10, True)]
-    for step in range(20):
-        entries += [Entry(2 + 2 * step, "assistant", 10, False), Entry(3 + 2 * step, "user", 10, False)]
-    start, seqs = next(choose(entries, Window(100, None), 1, is_whole=True, moves=True))
-    assert (start, seqs[0]) == (1, 1)
-    assert seqs[1:] == list(range(42 - len(seqs[1:]), 42))
-    assert seqs[1] % 2 == 0  # an assistant's step, with its results
-    assert 0.3 * 100 <= 10 * len(seqs) <= 0.6 * 100
+def looped(steps: int, tokens: int = 10) -> list[Entry]:
+    """A question, and so many steps of a loop of tools."""
+    entries = [Entry(1, "user", tokens, True)]
+    for step in range(steps):
+        entries += [Entry(2 + 2 * step, "assistant", tokens, False), Entry(3 + 2 * step, "user", tokens, False)]
+    return entries
+
+
+@pytest.mark.parametrize("limit", [Window(100, None), Window(10_000, 10)])
+def test_a_long_loop_of_tools_keeps_the_question_and_its_newest_part(limit: Window) -> None:
+    parts = []
+    for steps in range(5, 200):
+        found = [next(choose(looped(steps), limit, 1, is_whole=True, moves=moves)) for moves in (True, False)]
+        start, seqs = found[0]
+        assert found[1] == found[0]  # reading shows what was opened with
+        assert (start, seqs[0]) == (1, 1)
+        assert seqs[1:] == list(range(seqs[1], 2 + 2 * steps))
+        assert seqs[1] % 2 == 0  # an assistant's step, with its results
+        assert 5 <= len(seqs) <= 10
+        parts.append(seqs[1])
+    # It goes on in steps of 40 %, which are two of the loop's here, and stays in between.
+    assert parts == sorted(parts)
+    assert {later - earlier for earlier, later in pairwise(parts)} == {0, 4}
+
+
+@settings(max_examples=100)
+@given(st.lists(sizes, min_size=4, max_size=80), st.integers(60, 300))
+def test_the_newest_part_of_a_loop_moves_seldom(steps: list[int], max_tokens: int) -> None:
+    entries = [Entry(1, "user", 5, True)]
+    beginnings = []
+    for size in steps:
+        seq = len(entries) + 1
+        entries += [Entry(seq, "assistant", size, False), Entry(seq + 1, "user", 1, False)]
+        _, seqs = next(choose(entries, Window(max_tokens, None), 1, is_whole=True, moves=True))
+        beginnings.append(seqs[1])
+    moves = sum(earlier != later for earlier, later in pairwise(beginnings))
+    assert beginnings == sorted(beginnings)
+    # No step takes 85 % of the limits, so that each move leaves some room.
+    assert moves <= 1 + sum(size + 1 for size in steps) / (0.4 * max_tokens)
 
 
 # ── token estimates ─────────────────────────────────────────────────────────────────────────────
