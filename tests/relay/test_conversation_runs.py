@@ -237,7 +237,7 @@ async def test_pauses_at_any_moment(caller: User, upstream: TestUpstream) -> Non
 async def test_what_is_said_after_a_pause_is_answered(caller: User, upstream: TestUpstream) -> None:
     """Also when the run has not come to rest yet."""
     mine = await caller.conversation()
-    upstream.script({"text": "word " * 50, "event_delay_ms": 20}, {"text": "Second answer"})
+    upstream.script({"text": "word " * 300, "event_delay_ms": 20}, {"text": "Second answer"})
     async with mine.socket() as socket:
         await socket.next()
         await mine.say("First")
