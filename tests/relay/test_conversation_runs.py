@@ -244,7 +244,7 @@ async def test_what_is_said_after_a_pause_is_answered(caller: User, upstream: Te
         await upstream.until(lambda state: state["running"] > 0)
         await asyncio.sleep(0.5)
         pausing = asyncio.create_task(mine.call("pause"))
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(0.02)  # the pause is there first, and takes longer than this
         began = time.monotonic()
         await mine.say("Second")
         fine(await pausing)
