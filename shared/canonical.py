@@ -10,6 +10,7 @@ from typing import Any
 
 _UNSEEN_BY_MODEL = frozenset({"cache_control", "incomplete", "partial_json"})
 _THINKING = ("thinking", "redacted_thinking")  # no set: a type may be anything, hashable or not
+_DIRECT = {"type": "direct"}
 _SPEAKER = {"tool_call": "assistant", "tool_result": "user", "tool": "user"}
 
 
@@ -35,7 +36,8 @@ def chain(start: bytes, hashes: Iterable[bytes]) -> bytes:
 def canonical_blocks(content: str | list[Any]) -> list[Any]:
     """Content as blocks in which adjacent texts are one, without what does not reach the model's eye.
 
-    Left out are cache_control, thinking blocks, nulls, blanks at the end of a text, and empty texts.
+    Left out are cache_control, thinking blocks, nulls, blanks at the end of a text, empty texts, and what goes without
+    saying: that a result is no error, and that the model itself has called.
     """
     blocks: list[Any] = []
     for block in _as_blocks(content):
@@ -77,7 +79,7 @@ def _trimmed(block: Any) -> Any:
 def _canonical_block(block: dict[str, Any]) -> dict[str, Any]:
     form: dict[str, Any] = {}
     for key, value in block.items():
-        if value is None or key in _UNSEEN_BY_MODEL or (key == "is_error" and value is False):
+        if value is None or key in _UNSEEN_BY_MODEL or _is_unsaid(key, value):
             continue
         if key == "content" and block.get("type") == "tool_result" and isinstance(value, str | list):
             form[key] = canonical_blocks(value)
@@ -86,6 +88,11 @@ def _canonical_block(block: dict[str, Any]) -> dict[str, Any]:
         else:
             form[key] = _without_nulls(value)
     return form
+
+
+def _is_unsaid(key: str, value: Any) -> bool:
+    """Whether upstream says it where many clients leave it out, and it means the same."""
+    return (key == "is_error" and value is False) or (key == "caller" and value == _DIRECT)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -258,6 +258,19 @@ async def test_blocks_survive(
     assert [each["seq"] for each in await chat.stored()] == [1, 2, 3, 4, 5, 6]
 
 
+async def test_a_call_sent_back_without_its_caller(claude: AsyncAnthropic, chat: Chat, upstream: TestUpstream) -> None:
+    """Upstream says that the model itself has called; Claude Code and others leave that out when they send it back."""
+    told = call("weather", city="Ulm") | {"caller": {"type": "direct"}}
+    upstream.script({"blocks": [told]}, {"text": "Sunny"})
+    first = await send(claude, "Weather?", tools=[WEATHER])
+    sent_back = [{name: value for name, value in block.items() if name != "caller"} for block in blocks_of(first)]
+    array = [user("Weather?"), assistant(sent_back), user([result("weather", "sunny")])]
+    await send(claude, *array, tools=[WEATHER], extra_headers={"x-session-conflict": "reject"})
+    stored = await chat.stored()
+    assert [each["seq"] for each in stored] == [1, 2, 3, 4]
+    assert stored[1]["content_blocks"] == [told]
+
+
 MIXED = {
     "blocks": [
         thinking("Let me see. " * 3),

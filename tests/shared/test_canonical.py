@@ -45,6 +45,7 @@ ALIKE: dict[str, tuple[Any, Any]] = {
     "a result as text and as blocks": ([result("r")], [result([text("r")])]),
     "a result with blanks at the end": ([result("r ")], [result([text("r")])]),
     "no error, said and unsaid": ([result("r", is_error=False)], [result("r")]),
+    "a call of the model's own, said and unsaid": ([call(caller={"type": "direct"})], [call()]),
     "nothing": ([], ""),
 }
 DIFFERENT: dict[str, tuple[Any, Any]] = {
@@ -59,6 +60,7 @@ DIFFERENT: dict[str, tuple[Any, Any]] = {
     "names": ([call()], [call(name="g")]),
     "ids": ([call()], [call(id="u")]),
     "an error": ([result("r", is_error=True)], [result("r")]),
+    "a call of a program's": ([call(caller={"type": "code_execution_20260120", "tool_id": "c"})], [call()]),
     "a text beside a call": ([text("a"), call()], [call(), text("a")]),
     "the order of input's lists": ([call(input=[1, 2])], [call(input=[2, 1])]),
     "an image": (
