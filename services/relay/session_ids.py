@@ -21,6 +21,7 @@ from shared import values
 HEADER: Final = "x-session-id"
 NO_SESSION: Final = "none"
 _IMPLIED_HEADERS: Final = ("x-claude-code-session-id", "session-id", "x-openwebui-chat-id")
+_AFFINITY: Final = "x-session-affinity"  # opencode sends its id in both headers, whoever asks
 _AGENT_HEADER: Final = "x-claude-code-agent-id"
 _TRAILING_SESSION: Final = re.compile(
     r"(?<![0-9a-z])session_([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})$", re.IGNORECASE
@@ -51,9 +52,9 @@ def choose(request: ClaudeRequest, headers: Mapping[str, str]) -> Choice | None:
         return None
     if request.session_id is not None:
         return Choice(_checked(request.session_id, "metadata.session_id"), "named")
-    if in_header:
+    if in_header and headers.get(_AFFINITY) != headers[HEADER]:
         return Choice(_checked(in_header, "X-Session-Id"), "named")
-    implied = [_implied(headers.get(name, "")) for name in _IMPLIED_HEADERS]
+    implied = [in_header, *(_implied(headers.get(name, "")) for name in _IMPLIED_HEADERS)]
     implied.append(_in_user_id(request.user_id or ""))
     for session_id in implied:
         # Its client did not mean it for us: an id that is none is no reason to refuse a valid request.

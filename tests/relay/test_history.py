@@ -287,6 +287,22 @@ async def test_conversations_that_begin_at_once_under_one_implied_id(
             assert [each["content"] for each in stored] == [text, f"of {text}"]
 
 
+async def test_an_id_that_a_client_names_for_affinity_is_implied(chat: Chat, upstream: TestUpstream) -> None:
+    """As opencode does: a title and the conversation at once, with one id in both headers."""
+    headers = {"x-session-id": chat.session_id, "x-session-affinity": chat.session_id}
+    bodies = [{"model": "test-model", "max_tokens": 10, "messages": [user(text)]} for text in ("Make a title", "main")]
+    for body in bodies:
+        assert (await chat.http.post("/v1/messages", json=body, headers=headers)).status_code == 200
+    assert [entry["json"]["messages"] for entry in upstream.requests("/v1/messages")] == [
+        [user("Make a title")], [user("main")]
+    ]  # fmt: skip
+    assert [text for _, text in await chat.history()][:1] == ["Make a title"]
+    assert len(await chat.stored()) == 2
+    body = bodies[1] | {"metadata": {"session_id": chat.session_id}}
+    assert (await chat.http.post("/v1/messages", json=body, headers=headers)).status_code == 200
+    assert len(await chat.stored()) == 4
+
+
 async def test_a_side_conversation_does_not_wait_for_the_one_that_begins(chat: Chat, upstream: TestUpstream) -> None:
     upstream.script({"text": "long", "hang_seconds": 30, "match": {"contains": "main"}})
     headers = {"x-claude-code-session-id": chat.session_id}

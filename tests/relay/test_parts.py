@@ -186,6 +186,8 @@ _UUID = "0197c5e4-9d6f-4d0e-8a52-3f1b6c1d2e3f"
         ({"session-id": "s-1"}, f"session_{_UUID}", "s-1"),
         ({"x-claude-code-session-id": "c", "session-id": "s", "x-openwebui-chat-id": "o"}, None, "c"),
         ({"session-id": "a/b", "x-openwebui-chat-id": "o"}, None, "o"),
+        ({"x-session-id": "ses_1", "x-session-affinity": "ses_1", "session-id": "s"}, None, "ses_1"),
+        ({"x-session-affinity": "ses_1", "session-id": "s"}, None, "s"),
         ({"x-openwebui-chat-id": "%E4%BC%9A"}, None, "会"),
         ({"x-openwebui-chat-id": "会".encode().decode("latin-1")}, None, "会"),
     ],
