@@ -9,6 +9,7 @@ import sys
 import asyncpg
 import sqlalchemy as sa
 from alembic import context
+from alembic.script.revision import ResolutionError
 from alembic.util import CommandError
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
@@ -32,7 +33,9 @@ schema = settings.db_schema
 
 
 def _migrate(connection: Connection) -> None:
-    connection.execute(sa.text(f'CREATE SCHEMA IF NOT EXISTS "{schema}"'))
+    # Even IF NOT EXISTS it takes the right to make schemas, which who was given one need not have.
+    if not connection.scalar(sa.text("SELECT 1 FROM pg_namespace WHERE nspname = :schema"), {"schema": schema}):
+        connection.execute(sa.text(f'CREATE SCHEMA IF NOT EXISTS "{schema}"'))
     # A migration that waits for a lock makes everyone queue behind it: better to fail, and be run again.
     connection.execute(sa.text(f"SET lock_timeout = '{_LOCK_TIMEOUT}'"))
     # Migrations name no schema, so that one set of files serves any.
@@ -73,6 +76,10 @@ async def _main() -> None:
         async with engine.connect() as guard, engine.connect() as connection:
             await _wait_for_others(guard)
             await connection.run_sync(_migrate)
+    except CommandError as error:
+        if not isinstance(error.__cause__, ResolutionError):
+            raise
+        raise CommandError(f"the database was migrated by a newer version of this project ({error})") from None
     except (OSError, TimeoutError, asyncpg.PostgresError) as error:
         raise CommandError(f"Postgres cannot be used: {str(error) or type(error).__name__}") from None
     finally:

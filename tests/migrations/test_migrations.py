@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
 import httpx
@@ -106,6 +108,43 @@ async def test_upgrade_again_changes_nothing(own: str) -> None:
     db = await asyncpg.connect(own)
     before = await shape(db, "dev")
     migrate(own)
+    assert await shape(db, "dev") == before
+    await db.close()
+
+
+async def test_one_who_was_given_a_schema_need_not_be_able_to_make_one(empty_database: str) -> None:
+    role = f"role_{uuid.uuid4().hex[:12]}"
+    owner = await asyncpg.connect(empty_database)
+    await owner.execute(f"CREATE ROLE {role} LOGIN PASSWORD '{role}'")
+    try:
+        address = urlsplit(empty_database)
+        host = address.netloc.rpartition("@")[2]
+        url = address._replace(netloc=f"{role}:{role}@{host}").geturl()
+        refused = await asyncio.to_thread(finish, alembic(url, "upgrade", "head"))
+        assert "permission denied for database" in refused
+        await owner.execute(f"CREATE SCHEMA dev AUTHORIZATION {role}")
+        await asyncio.to_thread(migrate, url)
+        assert "sessions" in await tables_of(owner)
+    finally:
+        await owner.execute(f"DROP OWNED BY {role} CASCADE")
+        await owner.execute(f"DROP ROLE {role}")
+        await owner.close()
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    """What a process that fails has written."""
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode not in {0, None}, stdout + stderr
+    return stdout + stderr
+
+
+async def test_a_database_of_a_newer_version_is_refused_by_name(own: str) -> None:
+    db = await asyncpg.connect(own)
+    await db.execute("UPDATE dev.alembic_version SET version_num = '9999'")
+    before = await shape(db, "dev")
+    refused = await asyncio.to_thread(finish, alembic(own, "upgrade", "head"))
+    assert "the database was migrated by a newer version of this project" in refused
+    assert "'9999'" in refused
     assert await shape(db, "dev") == before
     await db.close()
 
