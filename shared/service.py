@@ -97,7 +97,7 @@ def _problem(error: Any) -> str:
     return f"{name}: {problem}" if name else problem
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, name: str) -> socket.socket:
     """A bound socket; one clear line and exit code 1 when the address cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
@@ -105,7 +105,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         bound.bind((host, port))
     except OSError as error:
-        log.error("cannot_listen", host=host, port=port, reason=error.strerror)  # noqa: TRY400
+        sys.stderr.write(f"{name} cannot start: port {port} of {host} cannot be had: {error.strerror}\n")
         raise ServiceStopped(1) from None
     return bound
 
@@ -126,7 +126,7 @@ def run(
     Without `websockets` whoever asks for one is answered as if it had not.
     """
     _allow_many_connections()
-    bound = listen(host, port)
+    bound = listen(host, port, name)
     config = uvicorn.Config(
         app,
         ws="websockets-sansio" if websockets else "none",

@@ -1,12 +1,25 @@
 """Settings that both services share; each service adds its own. Read once, in main, then handed down."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEVELOPMENT = frozenset({"dev", "test"})
+
+
+def _as_asyncpg_reads_it(value: SecretStr) -> SecretStr:
+    """An address of Postgres without the driver that SQLAlchemy's form may name."""
+    scheme, separator, rest = value.get_secret_value().partition("://")
+    if separator and scheme.partition("+")[0] in {"postgresql", "postgres"}:
+        return SecretStr(f"postgresql://{rest}")
+    if scheme:
+        raise ValueError("it is no address of the form postgresql://user:password@host:5432/database")
+    return value
+
+
+PostgresAddress = Annotated[SecretStr, AfterValidator(_as_asyncpg_reads_it)]
 
 
 class SharedSettings(BaseSettings):
@@ -20,7 +33,7 @@ class SharedSettings(BaseSettings):
     revision: str = Field("unknown", description="Revision shown in metrics and health")
     data_dir: Path | None = Field(None, description="Folder for local state; .data/ENVIRONMENT by default")
 
-    database_url: SecretStr = Field(SecretStr(""), description="Empty: the embedded Postgres (dev and test only)")
+    database_url: PostgresAddress = Field(SecretStr(""), description="Empty: the embedded Postgres (dev and test only)")
     db_schema: str = Field("dev", pattern=r"^[a-z_][a-z0-9_]{0,62}$")
     database_pooler: Literal["none", "transaction"] = "none"
     database_pool_size: int = Field(16, ge=1, le=500)

@@ -83,7 +83,9 @@ export RELAY_HOST=${RELAY_HOST:-127.0.0.1} RELAY_PORT=${RELAY_PORT:-8000} CONSUL
 export GRACEFUL_STOP_SECONDS=${GRACEFUL_STOP_SECONDS:-25}
 [[ -n ${REVISION:-} ]] || REVISION=$(git -C "$ROOT" rev-parse --short HEAD 2>/dev/null) && export REVISION
 for setting in SERVICE_PORT RELAY_PORT CONSUL_PORT; do
-    [[ ${!setting} =~ ^[0-9]{1,5}$ ]] || die "$setting is '${!setting}', not a port"
+    if [[ ! ${!setting} =~ ^[1-9][0-9]{0,4}$ ]] || ((${!setting} > 65535)); then
+        die "$setting is '${!setting}', not a port: 1 to 65535"
+    fi
 done
 RUN_DIR=$DATA_DIR/run
 LOG_DIR=$DATA_DIR/logs
@@ -102,9 +104,11 @@ begin_work() {
     if ! command -v setsid flock >/dev/null || [[ ! -r /proc/self/stat ]]; then
         die "this script needs Linux with util-linux (setsid, flock)"
     fi
-    mkdir -p "$RUN_DIR" "$LOG_DIR" || die "cannot write in $DATA_DIR"
+    local said
+    said=$(mkdir -p "$RUN_DIR" "$LOG_DIR" 2>&1) || die "cannot write in $DATA_DIR (DATA_DIR): $(reason_in <<<"$said")"
     lock 9 "$RUN_DIR/lock" "starts or stops the services of '$ENV'"
     trap on_exit EXIT
+    trap 'exit 129' HUP # a terminal that was closed
     trap 'exit 130' INT
     trap 'exit 143' TERM
 }

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode
 
-from shared.settings import SharedSettings, split_csv
+from shared.settings import PostgresAddress, SharedSettings, split_csv
 
 _REQUIRED_SECRETS = ("relay_admin_token", "relay_key_pepper", "relay_encryption_keys", "session_service_tokens")
 
@@ -14,7 +14,7 @@ class RelaySettings(SharedSettings):
     """Times are seconds unless the name says otherwise; sizes are bytes."""
 
     relay_host: str = "127.0.0.1"
-    listen_database_url: SecretStr = Field(
+    listen_database_url: PostgresAddress = Field(
         SecretStr(""), description="For LISTEN where DATABASE_URL leads through a pooler; empty: DATABASE_URL"
     )
     relay_port: int = Field(8000, ge=0, le=65535)

@@ -61,6 +61,26 @@ def test_a_taken_port_is_named_and_nothing_starts(stack: Stack) -> None:
     assert stack.processes() == []
 
 
+@pytest.mark.parametrize("port", ["0", "65536", "99999999999999999999", "08205", "http"])
+def test_a_port_that_is_none_is_named(stack: Stack, port: str) -> None:
+    assert f"SERVICE_PORT is '{port}', not a port" in one_line(stack.run("start", SERVICE_PORT=port))
+    assert not stack.data_dir.exists()
+
+
+def test_two_services_on_one_port_are_refused(stack: Stack) -> None:
+    """Each would seem healthy where the other one answers."""
+    port = str(stack.session_port)
+    assert f"SERVICE_PORT and RELAY_PORT are both {port}" in one_line(stack.run("start", RELAY_PORT=port))
+    assert stack.processes() == []
+
+
+def test_a_data_folder_that_cannot_be_made_is_one_line(stack: Stack, folder: Path) -> None:
+    (folder / "file").touch()
+    said = one_line(stack.run("start", DATA_DIR=str(folder / "file" / "data")))
+    assert f"cannot write in {folder}/file/data (DATA_DIR): " in said
+    assert "Not a directory" in said
+
+
 def test_a_port_taken_from_consul_stops_what_was_started_before(stack: Stack) -> None:
     with socket.create_server(("127.0.0.1", stack.consul_port)) as listener:
         # Something that answers, but is no Consul.
@@ -89,7 +109,16 @@ def test_an_unreachable_database_is_named_without_its_password(stack: Stack) -> 
     assert f"the database at 127.0.0.1:{port} cannot be reached" in said
     said = one_line(stack.run("migrate", DATABASE_URL="mysql://ada:s3cret@127.0.0.1/x"))
     assert "s3cret" not in said
+    said = one_line(stack.run("migrate", DATABASE_URL="postgresql://ada:s3cret/1@127.0.0.1:5432/x"))
+    assert "percent-encoded" in said
+    assert "s3cret" not in said
     assert stack.processes() == []
+
+
+def test_an_address_may_name_a_driver_as_sqlalchemy_has_it(stack: Stack, database_url: str) -> None:
+    address = database_url.replace("postgresql://", "postgresql+asyncpg://", 1)
+    done = stack.run("start", DATABASE_URL=address, START_CONSUL="no")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_failed_migration_stops_the_database_again(stack: Stack) -> None:
@@ -98,11 +127,33 @@ def test_a_failed_migration_stops_the_database_again(stack: Stack) -> None:
     assert stack.processes() == []
 
 
-def test_a_service_that_dies_shows_its_last_lines_and_takes_the_rest_along(stack: Stack) -> None:
-    done = stack.run("start", "session_service", START_CONSUL="no", CONTEXT_MAX_TOKENS="many")
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [
+        ("CONTEXT_MAX_TOKENS", "many", "CONTEXT_MAX_TOKENS: Input should be a valid integer"),
+        ("SERVICE_HOST", "nowhere.invalid", "of nowhere.invalid cannot be had: "),
+    ],
+)
+def test_a_service_that_says_why_it_cannot_start_takes_the_rest_along(
+    stack: Stack, setting: str, value: str, reason: str
+) -> None:
+    said = one_line(stack.run("start", "session_service", START_CONSUL="no", **{setting: value}))
+    assert said.startswith("error: session_service did not start: ")
+    assert reason in said
+    assert stack.processes() == []
+
+
+def test_a_service_that_dies_shows_its_last_lines_and_takes_the_rest_along(stack: Stack, folder: Path) -> None:
+    (folder / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'services.session_service.main' in sys.orig_argv:\n"
+        "    print('one\\nlast words', flush=True)\n"
+        "    os._exit(3)\n"
+    )
+    done = stack.run("start", "session_service", START_CONSUL="no", PYTHONPATH=str(folder))
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: session_service did not start: ")
-    assert "session_service | " in done.stderr
+    assert done.stderr.startswith("session_service | one\nsession_service | last words\n")
+    assert done.stderr.splitlines()[-1].startswith("error: session_service did not start: last words")
     assert stack.processes() == []
 
 

@@ -85,6 +85,12 @@ def test_both_readmes_show_the_same_settings_commands_and_links() -> None:
     assert [path for path, _ in elsewhere[0]] == [path for path, _ in elsewhere[1]]
 
 
+@pytest.mark.parametrize("readme", READMES)
+def test_the_first_start_installs_as_many_packages_as_is_shown(readme: str) -> None:
+    packages = len(re.findall("^[a-z].*==", text_of("requirements.lock"), flags=re.MULTILINE))
+    assert f"installing {packages} Python packages from requirements.lock" in text_of(readme)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_files_named_in_commands_exist(page: str) -> None:
     commands = "".join(body for language, body in blocks_of(page) if language in {"sh", "python", "text"})

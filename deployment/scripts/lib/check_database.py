@@ -21,6 +21,12 @@ def main() -> int:
     if not separator or scheme.partition("+")[0] not in {"postgresql", "postgres"}:
         print("DATABASE_URL is no address of the form postgresql://user:password@host:5432/database")  # noqa: T201
         return 1
+    parts = urlsplit(f"postgresql://{rest}")
+    try:
+        _ = parts.port
+    except ValueError:  # whatever is shown of it here could be a part of the password
+        print("DATABASE_URL cannot be read: special characters in user and password have to be percent-encoded")  # noqa: T201
+        return 1
     try:
         asyncio.run(connect(f"postgresql://{rest}"))
     except TimeoutError:
@@ -29,7 +35,6 @@ def main() -> int:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
     else:
         return 0
-    parts = urlsplit(f"postgresql://{rest}")
     where = parts.netloc.rpartition("@")[2] or "the local socket"
     if parts.password:
         reason = reason.replace(parts.password, "***")

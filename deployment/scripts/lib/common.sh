@@ -84,7 +84,7 @@ load_settings() { # FILE
 
 # One call at a time does what follows; the second one waits.
 lock() { # FILE DESCRIPTOR, FILE, WHAT THE OTHER ONE DOES
-    eval "exec $1>>\"\$2\"" || die "cannot write $2"
+    { eval "exec $1>>\"\$2\""; } 2>/dev/null || die "cannot write $2"
     flock -n "$1" && return
     say "waiting: another call $3"
     flock -w 300 "$1" || die "another call still $3 after 300 s"

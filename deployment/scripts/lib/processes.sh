@@ -80,7 +80,7 @@ stop_service() { # SERVICE
 # Leaves nothing half running: when the script fails, what it started is stopped again.
 on_exit() {
     local result=$? index
-    trap '' INT TERM
+    trap '' HUP INT TERM
     [[ -n $CHILD ]] && kill "$CHILD" 2>/dev/null
     if ((result != 0)); then
         for ((index = ${#STARTED[@]} - 1; index >= 0; index--)); do

@@ -45,6 +45,9 @@ die_of_taken_port() { # SERVICE
 
 check_ports() { # SERVICE…
     local service
+    if (($# > 1)) && [[ $SERVICE_PORT == "$RELAY_PORT" && $(host_of session_service) == "$(host_of relay)" ]]; then
+        die "SERVICE_PORT and RELAY_PORT are both $RELAY_PORT: each service needs a port of its own"
+    fi
     for service in "$@"; do
         if ! runs "$service" && port_is_taken "$(host_of "$service")" "$(port_of "$service")"; then
             die_of_taken_port "$service"
@@ -71,7 +74,8 @@ embedded_pid() {
 ensure_postgres() {
     local found said
     if [[ $EMBEDDED == no ]]; then
-        said=$(cd "$ROOT" && "$PY" deployment/scripts/lib/check_database.py 2>&1) || die "$(reason_in <<<"$said")"
+        said=$(cd "$ROOT" && "$PY" deployment/scripts/lib/check_database.py 2>&1) ||
+            die "$(reason_in <<<"$said" | with_hint)"
         return
     fi
     if ! is_local_environment; then
@@ -80,7 +84,7 @@ ensure_postgres() {
     found=$(embedded_pid) || found=""
     [[ -n $found ]] || say "starting Postgres in $POSTGRES_DIR"
     if ! DATABASE_URL=$(cd "$ROOT" && "$PY" -m shared.embedded_postgres start "$POSTGRES_DIR" 2>"$RUN_DIR/postgres.err"); then
-        die "$(reason_in <"$RUN_DIR/postgres.err" | sed 's/^error: //')"
+        die "$(reason_in <"$RUN_DIR/postgres.err" | sed 's/^error: //' | with_hint)"
     fi
     cat "$RUN_DIR/postgres.err" # what root may want to know: whom it let pass where
     export DATABASE_URL
@@ -92,7 +96,7 @@ migrate() {
     local log
     log=$(log_of migrate)
     if ! (cd "$ROOT" && run_step "migrating" "$log" "$PY" -m alembic upgrade head); then
-        die "the migration failed: $(reason_in <"$log" | sed 's/^FAILED: //') (see $log)"
+        die "the migration failed: $(reason_in <"$log" | sed 's/^FAILED: //' | with_hint) (see $log)"
     fi
 }
 
@@ -177,11 +181,11 @@ is_healthy() { # SERVICE
 
 die_of_death() { # SERVICE
     local reason
-    reason=$(new_log "$1" | reason_in)
-    reason=${reason#"$1 cannot start: "}
-    new_log "$1" | tail -n 15 | sed -E "s#^#$1 | #; s#(://[^:/@ ]*):[^@ ]*@#\1:***@#g" >&2
-    if [[ $reason == *ModuleNotFoundError* && $VENV_IS_OURS == yes ]]; then
-        reason+="; delete $VENV to have the packages installed again"
+    reason=$(new_log "$1" | reason_in | with_hint)
+    if [[ $reason == "$1 cannot start: "* ]]; then # it says itself, in one line, what is wrong
+        reason=${reason#"$1 cannot start: "}
+    else
+        new_log "$1" | tail -n 15 | sed -E "s#^#$1 | #; s#(://[^:/@ ]*):[^@ ]*@#\1:***@#g" >&2
     fi
     die "$1 did not start: $reason (see $(log_of "$1"))"
 }

@@ -37,10 +37,10 @@ ensure_venv() { # LOCK FILE
     lock 8 "$ROOT/.data/setup.lock" "installs the Python packages"
     if [[ -x $PY ]] && "$PY" -c '' 2>/dev/null; then
         [[ -r $VENV/.installed ]] && installed=$(<"$VENV/.installed")
-        holds "$installed" "$lock_file" || fill_venv "$lock_file" "$log"
+        holds "$installed" "$lock_file" || fill_venv "$lock_file" "$log" "$installed"
     else
         make_venv "$log"
-        fill_venv "$lock_file" "$log"
+        fill_venv "$lock_file" "$log" new
     fi
     exec 8>&-
 }
@@ -81,25 +81,40 @@ make_venv() { # LOG
     fi
 }
 
-fill_venv() { # LOCK FILE, LOG
-    local count
+# Without WHAT IT HOLDS an installation may have broken off: each package is put there anew, whatever is found.
+fill_venv() { # LOCK FILE, LOG, WHAT IT HOLDS
+    local count again=()
     count=$(grep -c '==' "$ROOT/$1")
     say "installing $count Python packages from $1"
     rm -f "$VENV/.installed"
-    if ! install_packages "$ROOT/$1" "$2"; then
+    [[ -n $3 ]] || again=(--force-reinstall)
+    if ! install_packages "$ROOT/$1" "$2" "${again[@]}"; then
         die "the packages could not be installed: $(reason_in <"$2") (see $2)"
     fi
     stamp "$1" >"$VENV/.installed"
 }
 
-install_packages() { # LOCK FILE, LOG
+install_packages() { # LOCK FILE, LOG, OPTION…
+    local lock_file=$1 log=$2
+    shift 2
     if command -v uv >/dev/null; then
-        run_step "installing" "$2" uv pip install --quiet --compile-bytecode --python "$PY" --require-hashes -r "$1" && return
-        note "uv could not install them ($(reason_in <"$2")); trying pip"
+        run_step "installing" "$log" uv pip install --quiet --compile-bytecode --python "$PY" --require-hashes \
+            "$@" -r "$lock_file" && return
+        note "uv could not install them ($(reason_in <"$log")); trying pip"
     fi
     if ! "$PY" -m pip --version >/dev/null 2>&1; then
-        run_step "installing pip" "$2" "$PY" -m ensurepip || return 1
+        run_step "installing pip" "$log" "$PY" -m ensurepip || return 1
     fi
-    run_step "installing" "$2" "$PY" -m pip install --disable-pip-version-check --no-input \
-        --progress-bar off --require-hashes -r "$1"
+    run_step "installing" "$log" "$PY" -m pip install --disable-pip-version-check --no-input \
+        --progress-bar off --require-hashes "$@" -r "$lock_file"
+}
+
+# Adds to a reason what to do, where a package is missing that was installed.
+with_hint() { # reads the reason
+    local reason
+    reason=$(cat)
+    if [[ $reason == *ModuleNotFoundError* && $VENV_IS_OURS == yes ]]; then
+        reason+="; delete $VENV to have the packages installed again"
+    fi
+    printf '%s\n' "$reason"
 }
