@@ -5,9 +5,11 @@ import re
 import subprocess
 import time
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.deployment.conftest import Stack, free_ports, table
 
@@ -94,3 +96,12 @@ def test_without_consul_static_addresses_are_used(stack: Stack) -> None:
     assert stack.run("status").returncode == 0
     line = re.findall(r"^curl .*$", started.stdout, flags=re.MULTILINE)[0]
     assert json.loads(paste(line))["role"] == "assistant"
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
+def test_addresses_of_ipv6_can_be_pasted(stack: Stack) -> None:
+    done = stack.run("start", SERVICE_HOST="::", RELAY_HOST="::1", START_CONSUL="no")
+    assert done.returncode == 0, done.stderr
+    line = re.findall(r"^curl .*$", done.stdout, flags=re.MULTILINE)[0]
+    assert f" http://[::1]:{stack.relay_port}/v1/messages " in line
+    assert json.loads(paste(line))["role"] == "assistant"  # so relay reaches session_service too

@@ -79,7 +79,7 @@ show_first_steps() {
     local key url message
     [[ -r $DATA_DIR/api.key ]] || return 0
     key=$(<"$DATA_DIR/api.key")
-    url=http://$(host_of relay):$(port_of relay)/v1/messages
+    url=$(url_of relay)/v1/messages
     printf '\nDevelopment key: %s\n\nTry it:\n' "$key"
     for message in 'My name is Ada' 'What is my name?'; do
         printf "curl -sw '\\\\n' %s -H 'x-api-key: %s' -H 'content-type: application/json' -d '%s'\n" "$url" "$key" \

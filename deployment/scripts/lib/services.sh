@@ -29,6 +29,13 @@ host_of() { # SERVICE; where to ask it, as seen from this machine
     esac
 }
 
+url_of() { # SERVICE; an address of IPv6 stands in brackets there
+    local host
+    host=$(host_of "$1")
+    [[ $host == *:* ]] && host="[$host]"
+    printf 'http://%s:%s' "$host" "$(port_of "$1")"
+}
+
 port_setting_of() { # SERVICE
     case $1 in
     session_service) printf SERVICE_PORT ;;
@@ -157,7 +164,7 @@ ensure_discovery() {
     fi
     printf %s "$decided" >"$RUN_DIR/discovery"
     if [[ $decided == static ]]; then
-        export SESSION_SERVICE_URL=${SESSION_SERVICE_URL:-http://$(host_of session_service):$SERVICE_PORT}
+        export SESSION_SERVICE_URL=${SESSION_SERVICE_URL:-$(url_of session_service)}
     else
         export CONSUL_HOST=127.0.0.1
     fi
