@@ -134,6 +134,7 @@ start() {
         for service in "${web[@]}"; do start_web "$service"; done
     fi
     wait_until_healthy "${web[@]}"
+    if ((${#web[@]})); then wait_until_ready; fi
 }
 
 stop() {

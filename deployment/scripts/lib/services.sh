@@ -219,3 +219,14 @@ wait_until_healthy() { # SERVICE…
     done
     progress_end
 }
+
+# Gives relay a moment to see a session_service that has just come, so that the first request is served. Where
+# that one does not run here it may come later.
+wait_until_ready() {
+    local began=$SECONDS
+    until ((SECONDS - began >= 10)); do
+        runs relay && runs session_service || return 0
+        [[ $(http_status "$(host_of relay)" "$(port_of relay)" /health/ready) == 200 ]] && return
+        sleep 0.1
+    done
+}
