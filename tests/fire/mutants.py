@@ -52,6 +52,8 @@ OWNER_LEFT_OUT_OF_CONTEXTS = (
         "_visible = and_(mine, table.c.superseded_at.is_(None))",
         '_visible = and_(table.c.session_id == bindparam("session_id"), table.c.superseded_at.is_(None))',
     ),
+    # Of a session that is remembered nothing is read.
+    Change("services/session_service/settings.py", "known_sessions: int = Field(500", "known_sessions: int = Field(0"),
 )
 
 

@@ -444,7 +444,8 @@ async def test_a_relay_killed_before_its_turn_is_open(stack: Stack, upstream: Te
     await chat.say("u1")
     request = asking(chat, "u2")
     if store == "blocked":
-        row = "SELECT FROM dev.sessions WHERE session_id = $1 FOR UPDATE"
+        # As writers lock it: whatever is indexed beside them need not wait, and is not taken for the turn.
+        row = "SELECT FROM dev.sessions WHERE session_id = $1 FOR NO KEY UPDATE"
         async with stack.locked(row, chat.session_id) as lock:
             sent = asyncio.create_task(request.send())
             await lock.waited_for()

@@ -134,7 +134,12 @@ async def test_the_description(session_service: ServiceProcess, sessions: httpx.
 BAD_SETTINGS: list[tuple[dict[str, str], list[str]]] = [
     ({"ENVIRONMENT": "production", "DATABASE_URL": "postgresql://secret/x"}, ["SESSION_SERVICE_TOKENS"]),
     ({"ENVIRONMENT": "staging", "SESSION_SERVICE_TOKENS": "secret"}, ["DATABASE_URL"]),
-    ({"ENVIRONMENT": "production", "DATABASE_URL": "x", "SESSION_SERVICE_TOKENS": " , "}, ["SESSION_SERVICE_TOKENS"]),
+    (
+        {"ENVIRONMENT": "production", "DATABASE_URL": "postgresql://secret/x", "SESSION_SERVICE_TOKENS": " , "},
+        ["SESSION_SERVICE_TOKENS"],
+    ),
+    ({"DATABASE_URL": "mysql://secret/x"}, ["DATABASE_URL"]),
+    ({"DATABASE_URL": "secret"}, ["DATABASE_URL"]),
     ({"SERVICE_PORT": "secret-port", "DB_SCHEMA": 'secret"; DROP'}, ["SERVICE_PORT", "DB_SCHEMA"]),
     ({"LIMITS__BODY_BYTES": "secret"}, ["LIMITS"]),
     ({"STATS_CACHE_SECONDS": "6"}, ["STATS_CACHE_SECONDS"]),
