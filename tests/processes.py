@@ -1,5 +1,6 @@
 """Processes of the real stack, started for a test and ended with it."""
 
+import asyncio
 import fcntl
 import os
 import random
@@ -162,3 +163,19 @@ def start_consul(scratch: Path, port: int | None = None) -> Iterator[Process]:
                 raise AssertionError(f"Consul did not start:\n{agent.logged()[-4000:]}")
             time.sleep(0.05)
         yield agent
+
+
+async def log_of_one_who_leaves(service: Process, head: str) -> str:
+    """What the service logs of a client that sends this head and the first byte of a body, and leaves."""
+    before = len(service.logged())
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    writer.write(f"{head}content-length: 1000\r\n\r\n{{".encode())
+    await writer.drain()
+    await asyncio.sleep(0.1)
+    writer.close()
+    async with asyncio.timeout(5):
+        while '"status": 499' not in (logged := service.logged()[before:]):
+            await asyncio.sleep(0.02)
+    assert "unhandled_error" not in logged
+    assert await reader.read() == b""
+    return logged

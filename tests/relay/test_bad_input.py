@@ -1,13 +1,12 @@
 """Requests that cannot be served: 400 naming the field, nothing stored, upstream not asked."""
 
-import asyncio
 import json
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.processes import Process
+from tests.processes import Process, log_of_one_who_leaves
 from tests.relay.calls import Chat, error_of, user
 from tests.upstream.client import TestUpstream
 
@@ -120,18 +119,8 @@ async def test_a_body_over_the_limit(chat: Chat, chat_at: Any, make_relay: Any) 
 
 async def test_a_client_that_leaves_in_the_middle_of_its_body(chat: Chat, relay: Process) -> None:
     """Nothing is wrong with the relay then, and its log says nothing else."""
-    before = len(relay.logged())
-    reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
     head = f"POST /v1/messages HTTP/1.1\r\nhost: relay\r\nx-api-key: {chat.http.headers['x-api-key']}\r\n"
-    writer.write(f"{head}content-length: 1000\r\n\r\n{{".encode())
-    await writer.drain()
-    await asyncio.sleep(0.1)
-    writer.close()
-    async with asyncio.timeout(5):
-        while '"status": 499' not in (logged := relay.logged()[before:]):
-            await asyncio.sleep(0.02)
-    assert "unhandled_error" not in logged
-    assert await reader.read() == b""
+    await log_of_one_who_leaves(relay, head)
 
 
 async def test_nulls_where_nothing_is_wished_for(chat: Chat, upstream: TestUpstream) -> None:

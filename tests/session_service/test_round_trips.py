@@ -131,3 +131,16 @@ async def test_turns_whose_window_has_moved_take_no_more(wired: tuple[User, Wire
     assert opened.json()["context"]["receipt"]["left_out"]
     # Where it moves first, the session's beginning is looked for; at first statements are prepared.
     assert spent[1:] == [1, 1, 2, 1, 1, 1, 1]
+
+
+async def test_of_an_erased_user_nothing_is_remembered(wired: tuple[User, Wire]) -> None:
+    """Who was remembered would have a third round trip, with which it is found that the session has gone."""
+    user, wire = wired
+    for name in ("warm", "counted"):
+        chat = Chat(user, name)
+        await (await chat.open(said("q"), create_session={})).complete(said("a", "assistant"))
+        fine(await user.http.delete(f"/users/{user.id}"))
+        before = wire.round_trips
+        await chat.open(said("again"), create_session={})
+        spent = wire.round_trips - before
+    assert spent == 2
