@@ -9,17 +9,19 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 DEVELOPMENT = frozenset({"dev", "test"})
 
 
-def _as_asyncpg_reads_it(value: SecretStr) -> SecretStr:
-    """An address of Postgres without the driver that SQLAlchemy's form may name."""
-    scheme, separator, rest = value.get_secret_value().partition("://")
-    if separator and scheme.partition("+")[0] in {"postgresql", "postgres"}:
-        return SecretStr(f"postgresql://{rest}")
-    if scheme:
-        raise ValueError("it is no address of the form postgresql://user:password@host:5432/database")
-    return value
+def postgres_address(text: str) -> str:
+    """The address as asyncpg reads it, without the driver that SQLAlchemy's form may name; raises ValueError."""
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme.partition("+")[0] not in {"postgresql", "postgres"}:
+        raise ValueError("no address of the form postgresql://user:password@host:5432/database")
+    return f"postgresql://{rest}"
 
 
-PostgresAddress = Annotated[SecretStr, AfterValidator(_as_asyncpg_reads_it)]
+def _address(value: SecretStr) -> SecretStr:
+    return SecretStr(postgres_address(value.get_secret_value())) if value.get_secret_value() else value
+
+
+PostgresAddress = Annotated[SecretStr, AfterValidator(_address)]
 
 
 class SharedSettings(BaseSettings):

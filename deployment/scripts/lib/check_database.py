@@ -7,6 +7,8 @@ from urllib.parse import urlsplit
 
 import asyncpg
 
+from shared.settings import postgres_address
+
 TIMEOUT_SECONDS = 5
 
 
@@ -16,19 +18,19 @@ async def connect(url: str) -> None:
 
 
 def main() -> int:
-    url = os.environ["DATABASE_URL"]
-    scheme, separator, rest = url.partition("://")
-    if not separator or scheme.partition("+")[0] not in {"postgresql", "postgres"}:
-        print("DATABASE_URL is no address of the form postgresql://user:password@host:5432/database")  # noqa: T201
+    try:
+        url = postgres_address(os.environ["DATABASE_URL"])
+    except ValueError as error:
+        print(f"DATABASE_URL is {error}")  # noqa: T201
         return 1
-    parts = urlsplit(f"postgresql://{rest}")
+    parts = urlsplit(url)
     try:
         _ = parts.port
     except ValueError:  # whatever is shown of it here could be a part of the password
         print("DATABASE_URL cannot be read: special characters in user and password have to be percent-encoded")  # noqa: T201
         return 1
     try:
-        asyncio.run(connect(f"postgresql://{rest}"))
+        asyncio.run(connect(url))
     except TimeoutError:
         reason = f"no answer within {TIMEOUT_SECONDS} s"
     except Exception as error:  # whatever it is, it goes into the one line

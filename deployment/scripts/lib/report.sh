@@ -6,7 +6,7 @@ health_of() { # SERVICE
     case $1 in
     postgres)
         if [[ $EMBEDDED == no ]]; then
-            if (cd "$ROOT" && "$PY" deployment/scripts/lib/check_database.py >/dev/null 2>&1); then
+            if (cd "$ROOT" && "$PY" -m deployment.scripts.lib.check_database >/dev/null 2>&1); then
                 printf healthy
             else
                 printf 'no answer'

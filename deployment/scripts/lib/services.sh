@@ -81,7 +81,7 @@ embedded_pid() {
 ensure_postgres() {
     local found said
     if [[ $EMBEDDED == no ]]; then
-        said=$(cd "$ROOT" && "$PY" deployment/scripts/lib/check_database.py 2>&1) ||
+        said=$(cd "$ROOT" && "$PY" -m deployment.scripts.lib.check_database 2>&1) ||
             die "$(reason_in <<<"$said" | with_hint)"
         return
     fi
